@@ -1,0 +1,67 @@
+# One environment serves every target: .venv, made on first use from pyproject.toml at the versions in constraints.txt.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+# make quickstart CONFIG=recipes/configs/OTHER.yaml OUT=runs/other
+CONFIG ?= recipes/configs/quickstart.yaml
+OUT ?= runs/quickstart
+LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate/one_gpu.yaml
+
+# Worker processes share the cores: one thread each, or OpenMP oversubscribes them and runs many times slower.
+# Tests must pass without a network, and say so at once where they would need one.
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
+WORKERS ?= 2
+CHECKED := dip_hf recipes benchmarks evals tests
+# Folders that a checkout may lack are left out rather than failed on.
+CHECKED := $(wildcard $(CHECKED))
+
+.PHONY: help install quickstart test conformance quality style benchmark pretrain clean
+
+help:
+	@echo "make quickstart   fine-tune with LoRA and with DIPNet, evaluate both and the base: $(OUT)/report.{json,md,png}"
+	@echo "make test         lint, types and tests"
+	@echo "make conformance  PEFT's own test suite, whole, on this adapter"
+	@echo "make benchmark    step time and memory against TRL's SFTTrainer"
+	@echo "make pretrain     remake recipes/base_model from scratch"
+	@echo "make style        format the code;  make quality: check it"
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "dip_hf needs Python 3.11 or newer: make PYTHON=/path/to/python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check \
+		--constraint constraints.txt --editable '.[dev,eval,quant,reasoning]'
+	touch $@
+
+quickstart: $(INSTALLED)
+	$(LAUNCH) recipes/sft.py --config $(CONFIG) --adapter lora --output_dir $(OUT)/lora
+	$(LAUNCH) recipes/sft.py --config $(CONFIG) --adapter dipnet --output_dir $(OUT)/dipnet
+	$(BIN)/python recipes/evaluate.py --config $(CONFIG) --output_dir $(OUT)
+
+quality: $(INSTALLED)
+	$(BIN)/ruff check $(CHECKED)
+	$(BIN)/ruff format --check $(CHECKED)
+	$(BIN)/mypy dip_hf recipes
+
+style: $(INSTALLED)
+	$(BIN)/ruff check --fix $(CHECKED)
+	$(BIN)/ruff format $(CHECKED)
+
+test: quality
+	$(TEST_ENV) $(BIN)/python -m pytest --numprocesses $(WORKERS)
+
+conformance: $(INSTALLED)
+	$(TEST_ENV) $(BIN)/python -m pytest --numprocesses $(WORKERS) tests/conformance --whole
+
+benchmark: $(INSTALLED)
+	$(BIN)/python benchmarks/overhead.py --preset cpu --json runs/overhead.json
+
+pretrain: $(INSTALLED)
+	$(BIN)/python recipes/pretrain.py --config recipes/configs/pretrain.yaml
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,73 @@
+"""Finding the decoder blocks of a model, and choosing some of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+def find_decoder_blocks(model: nn.Module) -> list[str]:
+    """Names of the model's decoder blocks, in order of depth.
+
+    They are the entries of the one `nn.ModuleList` all of whose entries are `GradientCheckpointingLayer`s and whose
+    length is the text config's `num_hidden_layers` (this project's choice: it finds the blocks of 159 of the 168
+    causal-LM classes of transformers 5.23).
+
+    Raises:
+        ValueError: none or several such lists; the remedy is `DIPNetConfig(block_names=...)`.
+    """
+    remedy = "pass the blocks' module names as `DIPNetConfig(block_names=[...])`"
+    if not hasattr(model, "config") or not hasattr(model.config, "get_text_config"):
+        raise ValueError(f"block_names=None: {type(model).__name__} is no transformers model; {remedy}.")
+    depth = model.config.get_text_config(decoder=True).num_hidden_layers
+    found = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == depth
+        and all(isinstance(block, GradientCheckpointingLayer) for block in module)
+    ]
+    if len(found) != 1:
+        raise ValueError(
+            f"block_names=None: found {len(found)} lists of {depth} decoder blocks in {type(model).__name__} "
+            f"({', '.join(found) or 'none'}); {remedy}."
+        )
+    return [f"{found[0]}.{index}" for index in range(depth)]
+
+
+def select_blocks(names: Sequence[str], choice: str | int | Sequence[int], field: str) -> list[int]:
+    """Indices of the chosen blocks, ascending.
+
+    Args:
+        names: all blocks' names, in order of depth.
+        choice: "all"; an integer n for the last n; a list of indices (negative ones count from the end); any other
+            string is a regular expression that a block's whole name must match.
+        field: the option's name, for the error message.
+
+    Raises:
+        ValueError: the choice is empty, or reaches outside the model.
+    """
+    depth = len(names)
+    chosen: list[int]
+    if choice == "all":
+        chosen = list(range(depth))
+    elif isinstance(choice, str):
+        chosen = [index for index, name in enumerate(names) if re.fullmatch(choice, name)]
+        if not chosen:
+            raise ValueError(f"{field}={choice!r} matches no block; the blocks are {names[0]!r} to {names[-1]!r}.")
+    elif isinstance(choice, int):
+        if not 1 <= choice <= depth:
+            raise ValueError(f"{field}={choice}: the model has {depth} blocks; give a number from 1 to {depth}.")
+        chosen = list(range(depth - choice, depth))
+    else:
+        outside = [index for index in choice if not -depth <= index < depth]
+        if outside or not choice:
+            raise ValueError(
+                f"{field}={list(choice)}: the model has {depth} blocks; give at least one index, each from "
+                f"{-depth} to {depth - 1}."
+            )
+        chosen = sorted({index % depth for index in choice})
+    return chosen

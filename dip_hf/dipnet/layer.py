@@ -1,0 +1,171 @@
+"""The noise at one decoder block's input, in PEFT's form."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dip_hf.dipnet.functional import token_rms
+from dip_hf.noise import NoiseKey, add_noise
+from dip_hf.peft_compat import BaseTunerLayer
+
+
+@dataclass
+class NoiseState:
+    """What all noise sites of a model share; the tuner's `sampling` context sets it.
+
+    Attributes:
+        key: `NoiseKey.tensor()` of the current forward pass.
+        trajectories: m, the number of trajectories folded into the batch from the first noised block on.
+        sampling: whether a `sampling` context is open: noise is then on in evaluation too, under that context's key.
+        last_layer: index of the last block that drew noise outside such a context: a block not above it belongs to
+            a new forward pass, which gets a new key. Starts above every block.
+        log_variances: per block index the log-variance of this context's pass, relative to the squared RMS, with its
+            gradient, and that RMS. Written by the sites, because under FSDP and ZeRO-3 a parameter is whole only
+            while its module runs.
+    """
+
+    key: Tensor = field(default_factory=lambda: NoiseKey(0).tensor())
+    trajectories: int = 1
+    sampling: bool = False
+    last_layer: int = 1 << 30
+    log_variances: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def enter_layer(self, layer: int, seed: int) -> None:
+        """Outside any `sampling` context: on a new forward pass, go on to the next step of `seed` and this rank."""
+        if layer <= self.last_layer:
+            rank = dist.get_rank() if dist.is_initialized() else 0
+            self.key = torch.cat([torch.tensor([seed]), self.key[1:2] + 1, torch.tensor([0, rank])])
+        self.last_layer = layer
+
+
+class LogVariance(nn.Module):
+    """Learnable log-variance of one adapter at one block, relative to the RMS of the block's input.
+
+    λ = rms² · exp(weight), so `weight` is the paper's ρ = ln λ up to a constant, has the same gradient, and can be
+    created (and sharded) before the RMS is known.
+
+    Args:
+        size: d, the hidden size.
+        scale: initial standard deviation relative to the RMS.
+    """
+
+    weight: nn.Parameter
+    rms: Tensor
+
+    def __init__(self, size: int, scale: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((size,), 2 * math.log(scale), dtype=torch.float32))
+        self.register_buffer("rms", torch.zeros(1))
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """The relative log-variance, shape (d,), fp32, and the standard deviation rms · exp(weight / 2)."""
+        weight = self.weight.float()
+        return weight, self.rms.float() * (weight / 2).exp()
+
+
+class NoiseSite(nn.Module, BaseTunerLayer):
+    """Child module of a decoder block, whose forward pre-hook replaces the block's input v by a sample of N(v, diag λ).
+
+    Args:
+        layer: the block's index.
+        size: d, the hidden size.
+        state: shared by all sites of the model.
+    """
+
+    adapter_layer_names = ("lora_dip_log_variance",)
+    other_param_names = ()
+
+    def __init__(self, layer: int, size: int, state: NoiseState) -> None:
+        super().__init__()
+        self.layer = layer
+        self.size = size
+        self.state = state
+        self.lora_dip_log_variance = nn.ModuleDict()
+        self.noise_in_eval: dict[str, bool] = {}
+        self.seeds: dict[str, int] = {}
+        self.calibrated: set[str] = set()
+        self.merged_adapters: list[str] = []
+
+    @property
+    def weight(self) -> Tensor:  # BaseTunerLayer's would look for a base layer and find this module, for ever
+        raise AttributeError("a noise site wraps no layer, so it has no weight")
+
+    @property
+    def bias(self) -> Tensor:
+        raise AttributeError("a noise site wraps no layer, so it has no bias")
+
+    def update_layer(self, adapter_name: str, scale: float, learn: bool, noise_in_eval: bool, seed: int) -> None:
+        """Add an adapter's noise; arguments as in `DIPNetConfig`."""
+        self.lora_dip_log_variance[adapter_name] = LogVariance(self.size, scale)
+        self.noise_in_eval[adapter_name] = noise_in_eval
+        self.seeds[adapter_name] = seed
+        if not learn:
+            self.frozen_peft_weight_names = {
+                **self.frozen_peft_weight_names,
+                adapter_name: self.adapter_layer_names,
+            }
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merging keeps the mean of the projection, which is the identity: there is nothing to add to a weight."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        self.merged_adapters += [name for name in names if name in self.lora_dip_log_variance]
+
+    def unmerge(self) -> None:
+        self.merged_adapters.clear()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.calibrated.discard(adapter_name)
+        for values in (self.noise_in_eval, self.seeds):
+            values.pop(adapter_name, None)
+
+    def noised_adapter(self) -> str | None:
+        """The adapter whose noise this pass adds: the first active one, or None where noise is off."""
+        if self.disable_adapters or self.merged:
+            return None
+        for name in self.active_adapters:
+            if name in self.lora_dip_log_variance:
+                return name if self.training or self.state.sampling or self.noise_in_eval[name] else None
+        return None
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """u ~ N(v, diag λ) while noise is on, v itself otherwise.
+
+        Args:
+            hidden_states: v, shape (m · batch, length, d) or (tokens, d).
+        """
+        name = self.noised_adapter()
+        if name is None:
+            return hidden_states
+        if not self.state.sampling:
+            self.state.enter_layer(self.layer, self.seeds[name])
+        leaf = self.lora_dip_log_variance[name]
+        if name not in self.calibrated:
+            self._calibrate(name, leaf, hidden_states)
+        log_variance, std = leaf()
+        if self.state.sampling:
+            self.state.log_variances[self.layer] = (log_variance, leaf.rms)
+        return add_noise(hidden_states, std, self.state.key, self.layer, self.state.trajectories)
+
+    @torch.compiler.disable
+    def _calibrate(self, name: str, leaf: LogVariance, hidden_states: Tensor) -> None:
+        """Measure the RMS of the block's input, once; a loaded adapter brings its own. Averaged over ranks."""
+        if not leaf.rms.item() > 0:
+            mean_square = token_rms(hidden_states).square().reshape(1)
+            if dist.is_initialized():
+                dist.all_reduce(mean_square)
+                mean_square /= dist.get_world_size()
+            leaf.rms.copy_(mean_square.sqrt())
+        self.calibrated.add(name)
+
+    def pre_hook(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Forward pre-hook of the block; the hidden states are its first argument, or the one of that name."""
+        if args:
+            return (self(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self(kwargs["hidden_states"])}

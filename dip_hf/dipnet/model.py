@@ -1,0 +1,158 @@
+"""The DIPNet tuner: LoRA with noise sites on decoder blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from dip_hf.blocks import find_decoder_blocks, select_blocks
+from dip_hf.dipnet.config import DIPNetConfig
+from dip_hf.dipnet.layer import NoiseSite, NoiseState
+from dip_hf.dipnet.trajectories import fold_trajectories
+from dip_hf.noise import NoiseKey
+from dip_hf.peft_compat import LoraLayer, LoraModel
+
+SITE_NAME = "dip_noise"
+"""Name of the child module that a noised block gets."""
+
+
+def _input_size(model: nn.Module, block: nn.Module, name: str) -> int:
+    """d, the last dimension of a block's input."""
+    if isinstance(block, nn.Linear):
+        return block.in_features
+    if hasattr(model, "config") and hasattr(model.config, "get_text_config"):
+        return model.config.get_text_config(decoder=True).hidden_size
+    raise ValueError(
+        f"block_names: cannot tell the input size of {name!r} ({type(block).__name__}) in a model without a "
+        "transformers config; name `nn.Linear` modules instead."
+    )
+
+
+class DIPNetModel(LoraModel):
+    """`LoraModel` that also puts a `NoiseSite` on each block that its config chooses.
+
+    A site is a child module of the block with a forward pre-hook; the block itself is not wrapped, so everything
+    that PEFT, transformers and TRL do with blocks goes on working.
+    """
+
+    tuner_layer_cls = (LoraLayer, NoiseSite)  # type: ignore[assignment]  # PEFT uses it in `isinstance` alone
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """As PEFT's, then add the noise sites. Everything about blocks is checked before anything is changed.
+
+        Raises:
+            ValueError: `noise_blocks` or `block_names` fits no block of the model.
+        """
+        config = self.peft_config[adapter_name]
+        chosen = self._resolve_blocks(model, config)
+        super().inject_adapter(
+            model,
+            adapter_name,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            state_dict=state_dict,
+        )
+        # After PEFT's own injection, which takes a model that already holds tuner layers for a second adapter's.
+        for layer in chosen:
+            self._add_site(model, adapter_name, config, layer, low_cpu_mem_usage)
+
+    @staticmethod
+    def _resolve_blocks(model: nn.Module, config: DIPNetConfig) -> list[int]:
+        names = config.block_names or find_decoder_blocks(model)
+        modules = dict(model.named_modules())
+        missing = [name for name in names if name not in modules]
+        if missing:
+            raise ValueError(f"block_names: {missing} are no modules of {type(model).__name__}; correct the names.")
+        chosen = select_blocks(names, config.noise_blocks, "noise_blocks")
+        for layer in chosen:
+            _input_size(model, modules[names[layer]], names[layer])
+        config.block_names = list(names)
+        return chosen
+
+    def _add_site(
+        self, model: nn.Module, adapter_name: str, config: DIPNetConfig, layer: int, low_cpu_mem_usage: bool
+    ) -> None:
+        assert config.block_names is not None  # resolved above
+        name = config.block_names[layer]
+        block = model.get_submodule(name)
+        site = getattr(block, SITE_NAME, None)
+        if site is None:
+            site = NoiseSite(layer, _input_size(model, block, name), self.noise_state(model))
+            block.add_module(SITE_NAME, site)
+            site.hook = block.register_forward_pre_hook(site.pre_hook, with_kwargs=True)
+            site.train(block.training)
+        site.update_layer(
+            adapter_name, config.noise_scale, config.learn_noise, config.noise_in_eval, config.noise_seed
+        )
+        leaf = site.lora_dip_log_variance[adapter_name]
+        parameter = next(block.parameters(), None)
+        if low_cpu_mem_usage:
+            leaf.weight = nn.Parameter(leaf.weight.to("meta"))  # assigned on loading, like LoRA's
+        elif parameter is not None and parameter.device.type != "meta":
+            leaf.to(parameter.device)
+        site._active_adapter = self.active_adapters
+        trainable = adapter_name in self.active_adapters and config.learn_noise and not config.inference_mode
+        leaf.weight.requires_grad_(trainable)
+
+    @staticmethod
+    def noise_state(model: nn.Module) -> NoiseState:
+        """The state that the model's sites share; a new one where there is no site yet."""
+        return next((module.state for module in model.modules() if isinstance(module, NoiseSite)), NoiseState())
+
+    def noised_layers(self) -> list[int]:
+        """Indices of the blocks that would add noise in a forward pass now, ascending."""
+        sites = (module for module in self.model.modules() if isinstance(module, NoiseSite))
+        return sorted(site.layer for site in sites if site.noised_adapter() is not None)
+
+    @contextmanager
+    def sampling(self, key: NoiseKey, trajectories: int = 1) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
+        """Forward passes inside draw noise under `key`, in evaluation mode too.
+
+        With m = `trajectories` > 1 the batch is repeated m times from the first noised block on, so that the output has
+        m · batch rows, trajectory-major (row j · batch + b is trajectory j of row b).
+
+        Args:
+            key: the noise's key; passes under one key see the same noise.
+            trajectories: m ≥ 1.
+
+        Yields:
+            A dictionary that a forward pass fills: block index to (log-variance relative to the squared RMS, shape
+            (d,), with its gradient; that RMS, shape (1,)).
+
+        Raises:
+            ValueError: `trajectories` < 1, or the active adapter adds no noise.
+        """
+        if trajectories < 1:
+            raise ValueError(f"trajectories={trajectories} must be at least 1.")
+        state = self.noise_state(self.model)
+        outer = (state.key, state.trajectories, state.sampling, state.log_variances)
+        state.key, state.trajectories, state.sampling, state.log_variances = key.tensor(), trajectories, True, {}
+        try:
+            layers = self.noised_layers()
+            if not layers:
+                raise ValueError("sampling: the active adapter adds no noise; activate and unmerge a DIPNet adapter.")
+            names = self.peft_config[self.active_adapters[0]].block_names
+            blocks = [self.model.get_submodule(name) for name in names[layers[0] :]]
+            with fold_trajectories(blocks, trajectories):
+                yield state.log_variances
+        finally:
+            state.key, state.trajectories, state.sampling, state.log_variances = outer
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        for block in list(model.modules()):
+            site = block._modules.get(SITE_NAME)
+            if isinstance(site, NoiseSite):
+                site.hook.remove()
+                delattr(block, SITE_NAME)
+        return model

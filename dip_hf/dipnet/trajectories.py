@@ -1,0 +1,71 @@
+"""Folding m trajectories into the batch, from the first noised block on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Arguments of a block that count tokens of a padding-free batch in one dimension, by name because their shape cannot
+# tell them from position indices.
+_CUMULATIVE_LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k")
+
+
+def repeat_rows(tensor: Tensor, trajectories: int) -> Tensor:
+    """Repeat along dimension 0, trajectory-major: (batch, ...) to (m · batch, ...), row j · batch + b is row b."""
+    return tensor.repeat(trajectories, *[1] * (tensor.dim() - 1))
+
+
+def _fold_argument(value: Any, batch: int, trajectories: int) -> Any:
+    """Repeat batch-shaped tensors, inside tuples too; leave what is not batch-shaped (1-D, or broadcast) alone."""
+    if isinstance(value, tuple):
+        return tuple(_fold_argument(item, batch, trajectories) for item in value)
+    if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == batch > 1:
+        return repeat_rows(value, trajectories)
+    return value
+
+
+def _fold_cumulative_lengths(lengths: Tensor, trajectories: int) -> Tensor:
+    """Boundaries of m copies of a padding-free row laid end to end; shape (n+1,) to (m · n + 1,)."""
+    offsets = torch.arange(trajectories, device=lengths.device, dtype=lengths.dtype) * lengths[-1]
+    return torch.cat([lengths[:1], (lengths[1:] + offsets[:, None]).flatten()])
+
+
+@contextmanager
+def fold_trajectories(blocks: Sequence[nn.Module], trajectories: int) -> Iterator[None]:
+    """Run `blocks` with m copies of the batch while the context is open.
+
+    The first block's input is repeated m times; since every block is called with the original batch's masks and
+    position embeddings, each repeats those. What follows the blocks (final norm, head) sees m · batch rows.
+
+    Args:
+        blocks: the first noised block and all blocks after it, in order.
+        trajectories: m ≥ 1.
+    """
+
+    def fold(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        hidden_states, *rest = args if args else (kwargs.pop("hidden_states"),)
+        is_first = block is blocks[0]
+        batch = hidden_states.shape[0] // (1 if is_first else trajectories)
+        if is_first:
+            hidden_states = repeat_rows(hidden_states, trajectories)
+        rest = [_fold_argument(value, batch, trajectories) for value in rest]
+        kwargs = {
+            name: _fold_cumulative_lengths(value, trajectories)
+            if name in _CUMULATIVE_LENGTHS and value is not None
+            else _fold_argument(value, batch, trajectories)
+            for name, value in kwargs.items()
+        }
+        return (hidden_states, *rest), kwargs
+
+    handles = []
+    if trajectories > 1:
+        handles = [block.register_forward_pre_hook(fold, with_kwargs=True, prepend=True) for block in blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,31 @@
+"""Scores of generated answers by each family's own reasoning-gym scorer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from .data import load_reasoning_gym
+from .families import get_family
+
+
+@lru_cache(maxsize=None)
+def _scorer(family_name: str) -> Any:
+    # A scorer looks at the entry only, so one item of the standard level serves all questions.
+    return load_reasoning_gym().create_dataset(family_name, size=1, seed=0, **get_family(family_name).settings())
+
+
+def score_answer(family: str, answer_text: str, row: Mapping[str, Any]) -> float:
+    """Score one generated answer.
+
+    Args:
+        family: the family's name.
+        answer_text: the text after "Answer:", without special tokens; outer white space does not count.
+        row: a row of `make_split`; its `metadata` holds the question's entry.
+
+    Returns:
+        reasoning-gym's score in [0, 1]; exactly 1.0 is a correct answer, less is partial credit for form.
+    """
+    return float(_scorer(family).score_answer(answer_text.strip(), json.loads(row["metadata"])))

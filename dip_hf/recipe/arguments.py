@@ -1,0 +1,204 @@
+"""Arguments of recipes/sft.py: TRL's dataclasses, a few fields of this project, and a parser that knows a typo."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from peft import LoraConfig
+from trl import ModelConfig, ScriptArguments, TrlParser
+
+from dip_hf.dipnet.config import DIPNetConfig
+from dip_hf.trainer import DIPSFTConfig
+
+
+ADAPTERS = ("dipnet", "lora", "none")
+DATASET_FORMATS = ("auto", "gsm8k")
+
+
+@dataclass
+class DataArguments(ScriptArguments):
+    """Where the examples come from: reasoning families, or any dataset that `datasets.load_dataset` opens.
+
+    Fields beside those of [`~trl.ScriptArguments`], which stand for a dataset by name or path, are described in their
+    own help texts: `python recipes/sft.py --help`.
+    """
+
+    families: list[str] | None = field(
+        default=None,
+        metadata={"help": "Procedural reasoning families to train on (dip_hf.reasoning), in place of `dataset_name`."},
+    )
+    train_size: int = field(default=1000, metadata={"help": "Training examples per reasoning family."})
+    eval_size: int = field(
+        default=100, metadata={"help": "Validation examples per reasoning family, where `eval_strategy` is not `no`."}
+    )
+    families_seed: int = field(
+        default=0, metadata={"help": "Draws other examples of the same splits. Not the training seed: see `seed`."}
+    )
+    dataset_format: str = field(
+        default="auto",
+        metadata={
+            "help": "`auto`: prompt/completion, messages or text columns, as TRL reads them. `gsm8k`: question/answer "
+            "columns, with '#### x' rewritten as 'The answer is x' behind a zero-shot chain-of-thought prompt.",
+            "choices": list(DATASET_FORMATS),
+        },
+    )
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Print what would run (model, data, optimiser groups), load no weights, download nothing."},
+    )
+
+    def __post_init__(self) -> None:
+        # argparse checks choices on the command line only, not in values that come from a file
+        if self.dataset_format not in DATASET_FORMATS:
+            raise ValueError(_bad_choice("dataset_format", self.dataset_format, DATASET_FORMATS))
+        if self.families is not None and self.dataset_name is not None:
+            raise ValueError(
+                f"families={self.families} and dataset_name={self.dataset_name!r} are both given: remove one of them "
+                "(on the command line, `--dataset_name` cannot undo a file's `families`)"
+            )
+        if self.families is None and self.dataset_name is None:
+            raise ValueError("families and dataset_name are both missing: give one of them to say what to train on")
+        for name in ("train_size", "eval_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass
+class AdapterArguments(ModelConfig):
+    """The model and its adapter: [`~trl.ModelConfig`]'s LoRA and quantisation fields, and DIPNet's.
+
+    `use_peft` follows from `adapter` and need not be given.
+    """
+
+    adapter: str = field(
+        default="dipnet",
+        metadata={
+            "help": "`dipnet`: LoRA with learnable input noise per decoder block. `lora`: plain LoRA, the baseline. "
+            "`none`: every weight of the model is trained.",
+            "choices": list(ADAPTERS),
+        },
+    )
+    noise_scale: float = field(
+        default=0.1,
+        metadata={"help": "DIPNet: initial standard deviation of the noise, relative to the RMS of a block's input."},
+    )
+    noise_blocks: str = field(
+        default="all",
+        metadata={
+            "help": "DIPNet: decoder blocks to put noise before. `all`, a number n for the last n, indices such as "
+            "`0,5,9`, or a regular expression that matches whole block names."
+        },
+    )
+    learn_noise: bool = field(
+        default=True, metadata={"help": "DIPNet: learn the log-variances; if false they stay as calibrated."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.adapter not in ADAPTERS:
+            raise ValueError(_bad_choice("adapter", self.adapter, ADAPTERS))
+        if self.use_peft and self.adapter == "none":
+            raise ValueError("use_peft=True contradicts adapter='none': remove use_peft, or choose adapter 'lora'")
+        if self.model_name_or_path is None:
+            raise ValueError("model_name_or_path is missing: give a model's folder or its name on the Hub")
+        self.use_peft = self.adapter != "none"
+        self.noise_blocks_choice = parse_noise_blocks(self.noise_blocks)
+
+    def peft_config(self) -> LoraConfig | None:
+        """Return the adapter's config for the trainer, or None where every weight is trained."""
+        if self.adapter == "none":
+            return None
+        lora: dict[str, Any] = {
+            "task_type": self.lora_task_type,
+            "r": self.lora_r,
+            "lora_alpha": self.lora_alpha,
+            "lora_dropout": self.lora_dropout,
+            "target_modules": self.lora_target_modules,
+            "target_parameters": self.lora_target_parameters,
+            "modules_to_save": self.lora_modules_to_save,
+            "use_rslora": self.use_rslora,
+            "use_dora": self.use_dora,
+        }
+        if self.adapter == "lora":
+            return LoraConfig(**lora)
+        return DIPNetConfig(
+            **lora,
+            noise_scale=self.noise_scale,
+            noise_blocks=self.noise_blocks_choice,
+            learn_noise=self.learn_noise,
+        )
+
+
+def parse_noise_blocks(value: str | int | list[int]) -> str | int | list[int]:
+    """Turn the command line's text for `noise_blocks` into what `DIPNetConfig` takes.
+
+    Args:
+        value: "all", "4" (the last four), "0,5,9" (indices), or a regular expression. A file's integer or list of
+            integers is returned as it is.
+    """
+    if not isinstance(value, str):
+        return value
+    parts = value.split(",")
+    if all(part.strip().isdecimal() for part in parts):
+        numbers = [int(part) for part in parts]
+        return numbers if len(numbers) > 1 else numbers[0]
+    return value
+
+
+class RecipeParser(TrlParser):
+    """[`~trl.TrlParser`] that raises `ValueError` with the close matches of an unknown name, before anything loads."""
+
+    def __init__(self, dataclass_types: Iterable[Any], **kwargs: Any) -> None:
+        # A shortened option would silently mean another field after a new one is added
+        super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the several hundred options that the parser knows."""
+        raise ValueError(message)
+
+    def set_defaults_with_config(self, **config: Any) -> list[str]:
+        """Take the defaults from a config file's mapping, all of whose keys must be fields."""
+        known = {action.dest for action in self._actions}
+        for key in config:
+            if key not in known:
+                raise ValueError(f"the config file's key {key!r} is no field{_close_to(str(key), known)}")
+        return super().set_defaults_with_config(**config)
+
+    def parse_recipe(self, argv: list[str] | None = None) -> tuple[Any, ...]:
+        """Parse `--config FILE` and the options after or before it, which override the file's values.
+
+        Raises:
+            ValueError: an unknown key or option (with its close matches), or a value that its field refuses.
+        """
+        argv = sys.argv[1:] if argv is None else argv
+        known = {option.removeprefix("--") for option in self._option_string_actions} | {"config"}
+        for option in (argument.partition("=")[0] for argument in argv if argument.startswith("--")):
+            if option.removeprefix("--") not in known:
+                raise ValueError(f"the option {option!r} is no field{_close_to(option.removeprefix('--'), known)}")
+        if argv[-1:] == ["--config"]:
+            raise ValueError("--config needs the path of a YAML file")
+        # TRL looks for the two words only
+        words = [word for argument in argv for word in _split_config_option(argument)]
+        return self.parse_args_and_config(words)
+
+
+def make_parser() -> RecipeParser:
+    """Return the parser of recipes/sft.py, which yields (DataArguments, DIPSFTConfig, AdapterArguments)."""
+    return RecipeParser((DataArguments, DIPSFTConfig, AdapterArguments))
+
+
+def _split_config_option(argument: str) -> list[str]:
+    return ["--config", argument.removeprefix("--config=")] if argument.startswith("--config=") else [argument]
+
+
+def _bad_choice(name: str, value: object, choices: Iterable[str]) -> str:
+    return f"{name}={value!r} is not one of {', '.join(map(repr, choices))}"
+
+
+def _close_to(name: str, known: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(name.replace("-", "_"), sorted(known), n=3)
+    return f"; did you mean {', '.join(map(repr, matches))}?" if matches else ": see `python recipes/sft.py --help`"

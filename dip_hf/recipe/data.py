@@ -1,0 +1,86 @@
+"""Datasets for recipes/sft.py: reasoning families, GSM8K, or anything TRL reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, IterableDataset, concatenate_datasets, load_dataset
+
+from dip_hf.recipe.arguments import DataArguments
+from dip_hf.recipe.gsm8k import to_prompt_completion
+
+
+# Column sets that TRL's SFTTrainer prepares or takes as they are
+_TRL_COLUMNS = ({"prompt", "completion"}, {"messages"}, {"conversations"}, {"input_ids"})
+_FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def load_train_dataset(arguments: DataArguments, text_field: str = "text") -> Dataset | IterableDataset:
+    """Load the training examples that `arguments` name.
+
+    Args:
+        arguments: the recipe's data fields.
+        text_field: the column of a language-modelling dataset (`SFTConfig.dataset_text_field`).
+
+    Returns:
+        A dataset in one of TRL's formats.
+
+    Raises:
+        ValueError: the dataset is empty, or has none of the columns that training needs.
+    """
+    if arguments.families is not None:
+        return _families(arguments, "train", arguments.train_size)
+    return _named(arguments, arguments.dataset_train_split, "dataset_train_split", text_field)
+
+
+def load_eval_dataset(arguments: DataArguments, text_field: str = "text") -> Dataset | IterableDataset:
+    """Load the validation examples: the families' validation split, or `dataset_test_split`."""
+    if arguments.families is not None:
+        return _families(arguments, "validation", arguments.eval_size)
+    return _named(arguments, arguments.dataset_test_split, "dataset_test_split", text_field)
+
+
+def is_local(dataset_name: str) -> bool:
+    """Tell whether `dataset_name` is a file or folder of this machine, rather than a name on the Hub."""
+    return Path(dataset_name).exists()
+
+
+def _families(arguments: DataArguments, split: str, size: int) -> Dataset:
+    # reasoning-gym is an optional dependency
+    from dip_hf.reasoning import make_split
+
+    parts = [make_split(family, split, size, seed=arguments.families_seed) for family in arguments.families or []]
+    return concatenate_datasets(parts).select_columns(["prompt", "completion"])
+
+
+def _named(arguments: DataArguments, split: str, split_field: str, text_field: str) -> Dataset | IterableDataset:
+    name = arguments.dataset_name
+    assert name is not None  # DataArguments requires it where there are no families
+    builder = _FILE_BUILDERS.get(Path(name).suffix) if is_local(name) else None
+    where: dict[str, object] = {"path": name, "name": arguments.dataset_config}
+    if builder is not None:
+        where = {"path": builder, "data_files": name}
+    splits = load_dataset(**where, streaming=arguments.dataset_streaming)
+    assert isinstance(splits, DatasetDict | dict)
+    if split not in splits:
+        raise ValueError(f"{split_field}={split!r}: dataset_name={name!r} has the splits {', '.join(map(repr, splits))}")
+    dataset = splits[split]
+    # TRL takes a first row before any check of its own and would stop with a bare StopIteration
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError(f"dataset_name={name!r} has no rows in {split_field}={split!r}: give a dataset with rows")
+    columns = set(first)
+    if arguments.dataset_format == "gsm8k":
+        if not {"question", "answer"} <= columns:
+            raise ValueError(
+                f"dataset_format='gsm8k' needs the columns question and answer, {name!r} has {sorted(columns)}"
+            )
+        return dataset.map(
+            lambda row: to_prompt_completion(row["question"], row["answer"]), remove_columns=sorted(columns)
+        )
+    if text_field not in columns and not any(needed <= columns for needed in _TRL_COLUMNS):
+        raise ValueError(
+            f"dataset_name={name!r} has the columns {sorted(columns)}, but training needs prompt and completion, "
+            f"messages, or {text_field!r}: rename its columns, set dataset_text_field, or see dataset_format"
+        )
+    return dataset

@@ -1,0 +1,191 @@
+"""What a run of recipes/sft.py would do, worked out without weights, downloads or written files."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import try_to_load_from_cache
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from dip_hf.blocks import select_blocks
+from dip_hf.dipnet.config import DIPNetConfig
+from dip_hf.recipe.arguments import AdapterArguments, DataArguments
+from dip_hf.recipe.data import is_local, load_train_dataset
+from dip_hf.recipe.gsm8k import TRAIN_ROWS as GSM8K_TRAIN_ROWS
+from dip_hf.trainer import DIPSFTConfig, optimizer_groups
+
+
+_WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+_GIB = 2**30
+
+
+def describe_run(
+    data: DataArguments, training: DIPSFTConfig, adapter: AdapterArguments, architectures: Path
+) -> Iterator[str]:
+    """Yield the lines that say what would run.
+
+    The model is built on the meta device, from its own config where that is on this machine and from a bundled shape
+    otherwise; the adapter is put on it and the optimiser's groups are made of it as in training.
+
+    Args:
+        data: where the examples come from.
+        training: the trainer's config.
+        adapter: the model and its adapter.
+        architectures: folder of `NAME.json`, the shapes of models whose config may not be at hand.
+
+    Raises:
+        ValueError: the same mistakes that stop a real run before its weights load, or a model of unknown shape.
+    """
+    config, source = _model_config(adapter, architectures)
+    model = build_on_meta(config, adapter.dtype)
+    base_parameters = sum(parameter.numel() for parameter in model.parameters())
+    yield "Dry run: nothing is downloaded, written or trained."
+    yield f"model       {adapter.model_name_or_path}: {type(model).__name__}, {base_parameters:,} parameters"
+    yield f"            shape from {source}; weights {_weights_at_hand(adapter)}"
+    yield f"            {_weight_memory(model, adapter)}"
+
+    peft_config = adapter.peft_config()
+    tuned: nn.Module = model if peft_config is None else get_peft_model(model, peft_config)
+    yield from _describe_adapter(tuned, training, adapter)
+
+    rows, lines = _describe_data(data, training)
+    yield from lines
+    yield from _describe_steps(rows, training)
+    yield from _describe_optimizer(tuned, training)
+    yield f"output      {training.output_dir} (not made in a dry run)"
+
+
+def build_on_meta(config: PretrainedConfig, dtype: str | None) -> PreTrainedModel:
+    """Build the model that `config` describes on the meta device: shapes and names, no memory.
+
+    Args:
+        config: a model's config, whose `architectures` names its class.
+        dtype: "float32", "bfloat16", "float16", or "auto" (the config's own).
+    """
+    names = config.architectures or []
+    architecture = getattr(transformers, names[0], None) if names else None
+    if architecture is None:
+        raise ValueError(f"the model's config names the architectures {names}, none of which transformers has")
+    with torch.device("meta"):
+        model = architecture(config)
+    wanted = (config.dtype or torch.float32) if dtype in (None, "auto") else getattr(torch, str(dtype))
+    return model.to(wanted)
+
+
+def _model_config(adapter: AdapterArguments, architectures: Path) -> tuple[PretrainedConfig, str]:
+    name = str(adapter.model_name_or_path)
+    if Path(name).is_dir():
+        return AutoConfig.from_pretrained(name), f"{name}/config.json"
+    try:
+        config = AutoConfig.from_pretrained(name, revision=adapter.model_revision, local_files_only=True)
+        return config, "the local Hub cache"
+    except OSError:
+        bundled = architectures / f"{name.split('/')[-1]}.json"
+    if not bundled.exists():
+        known = ", ".join(sorted(path.stem for path in architectures.glob("*.json")))
+        raise ValueError(
+            f"model_name_or_path={name!r} is neither a folder nor in the local cache, and its shape is not among the "
+            f"bundled ones ({known}): a dry run downloads nothing, so give a folder that holds its config.json"
+        )
+    return AutoConfig.from_pretrained(str(bundled)), f"{bundled.parent.name}/{bundled.name}"
+
+
+def _weights_at_hand(adapter: AdapterArguments) -> str:
+    name = str(adapter.model_name_or_path)
+    if Path(name).is_dir():
+        return "in that folder" if any(Path(name).glob("*.safetensors")) else "missing: the folder has no *.safetensors"
+    cached = [try_to_load_from_cache(name, file, revision=adapter.model_revision) for file in _WEIGHT_FILES]
+    return "in the local cache" if any(isinstance(path, str) for path in cached) else "would be downloaded"
+
+
+def _weight_memory(model: PreTrainedModel, adapter: AdapterArguments) -> str:
+    sizes = {parameter: parameter.numel() * parameter.element_size() for parameter in model.parameters()}
+    bits = 4 if adapter.load_in_4bit else 8 if adapter.load_in_8bit else None
+    if bits is None:
+        return f"weights {sum(sizes.values()) / _GIB:.2f} GiB in {adapter.dtype}"
+    head = model.get_output_embeddings()
+    for module in model.modules():
+        # bitsandbytes leaves the head and whatever is no linear layer as it is
+        if isinstance(module, nn.Linear) and module is not head:
+            sizes[module.weight] = module.weight.numel() * bits // 8
+    kind = adapter.bnb_4bit_quant_type if bits == 4 else "int8"
+    return f"weights about {sum(sizes.values()) / _GIB:.2f} GiB: linear layers in {bits} bits ({kind}), the rest in {adapter.dtype}"
+
+
+def _describe_adapter(model: nn.Module, training: DIPSFTConfig, adapter: AdapterArguments) -> Iterator[str]:
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    count = sum(p.numel() for p in trainable.values())
+    # A parameter, its gradient and Adam's two moments
+    memory = sum(4 * p.numel() * p.element_size() for p in trainable.values()) / _GIB
+    yield f"adapter     {adapter.adapter}: {count:,} trainable parameters, {memory:.2f} GiB with gradients and Adam's moments"
+    config = model.active_peft_config if isinstance(model, PeftModel) else None
+    if not isinstance(config, DIPNetConfig) or config.block_names is None:
+        return
+    layers = select_blocks(config.block_names, config.noise_blocks, "noise_blocks")
+    depth, first, m = len(config.block_names), layers[0], training.num_trajectories
+    learning = "learned" if config.learn_noise else "fixed"
+    yield (
+        f"noise       at the input of {len(layers)} of {depth} blocks, {config.block_names[first]} to "
+        f"{config.block_names[layers[-1]]}; {learning}, initially {config.noise_scale:g} x RMS"
+    )
+    yield (
+        f"            {m} trajectories, sharing the {first} blocks below: "
+        f"{(first + m * (depth - first)) / depth:.2f} x one pass through the blocks"
+    )
+
+
+def _describe_data(data: DataArguments, training: DIPSFTConfig) -> tuple[int | None, list[str]]:
+    if data.families is None and not is_local(str(data.dataset_name)):
+        rows = GSM8K_TRAIN_ROWS if data.dataset_format == "gsm8k" else None
+        where = " ".join(filter(None, (data.dataset_name, data.dataset_config)))
+        known = f", {rows:,} rows as published" if rows else ""
+        return rows, [
+            f"data        would load {where}, split {data.dataset_train_split!r}, format {data.dataset_format}{known}"
+        ]
+    # Streamed, a local file is read in place rather than copied into the datasets cache
+    dataset = load_train_dataset(dataclasses.replace(data, dataset_streaming=True), training.dataset_text_field)
+    first = next(iter(dataset))
+    rows = sum(1 for _ in dataset)
+    source = f"families {', '.join(data.families)}" if data.families else str(data.dataset_name)
+    lines = [f"data        {rows:,} rows from {source}; the first:"]
+    return rows, lines + [f"            {key}: {_shorten(value)}" for key, value in first.items()]
+
+
+def _describe_steps(rows: int | None, training: DIPSFTConfig) -> Iterator[str]:
+    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+    yield (
+        f"batch       {batch} rows a step: {training.per_device_train_batch_size} x {training.gradient_accumulation_steps} "
+        f"accumulated x {training.world_size} processes"
+    )
+    if training.max_steps > 0:
+        yield f"steps       {training.max_steps} (max_steps)"
+    elif rows is None:
+        yield f"steps       {training.num_train_epochs:g} epochs; their number is known once the data is loaded"
+    else:
+        packed = " at most, before packing" if training.packing else ""
+        yield f"steps       {math.ceil(rows / batch * training.num_train_epochs)}{packed} ({training.num_train_epochs:g} epochs)"
+
+
+def _describe_optimizer(model: nn.Module, training: DIPSFTConfig) -> Iterator[str]:
+    yield f"optimiser   {training.optim.value}, {training.lr_scheduler_type.value} schedule; groups:"
+    for group in optimizer_groups(model, training):
+        parameters = group["params"]
+        if parameters:
+            size = sum(parameter.numel() for parameter in parameters)
+            yield (
+                f"            {len(parameters)} tensors, {size:,} parameters, learning rate "
+                f"{group.get('lr', training.learning_rate):g}, weight decay {group.get('weight_decay', training.weight_decay):g}"
+            )
+
+
+def _shorten(value: Any, width: int = 160) -> str:
+    text = repr(value)
+    return text if len(text) <= width else f"{text[: width - 1]}…"
