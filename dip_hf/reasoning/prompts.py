@@ -42,7 +42,7 @@ _RULES: dict[str, tuple[tuple[str, str], ...]] = {
     "fraction_simplification": ((r"Simplify the fraction (\S+) .*", r"Simplify: \1"),),
     "number_sorting": ((r"Sort these numbers in (\w+) order: (.*?)\n.*", r"Sort numbers \1: \2"),),
     "number_format": ((r".*pick the (\w+) number of the following candidates: (.*)", r"Pick \1: \2"),),
-    "time_intervals": ((r"\D*([\d:]+)\D+([\d:]+)\D.*", r"Elapsed: \1 to \2")),
+    "time_intervals": ((r"\D*([\d:]+)\D+([\d:]+)\D.*", r"Elapsed: \1 to \2"),),
 }
 
 INSTRUCTIONS: tuple[str, ...] = (

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from peft import LoraConfig
 from trl import ModelConfig, ScriptArguments, TrlParser
 
-from dip_hf.dipnet.config import DIPNetConfig
+from dip_hf.dipnet import DIPNetConfig
 from dip_hf.trainer import DIPSFTConfig
 
 

@@ -63,7 +63,9 @@ def _named(arguments: DataArguments, split: str, split_field: str, text_field: s
     splits = load_dataset(**where, streaming=arguments.dataset_streaming)
     assert isinstance(splits, DatasetDict | dict)
     if split not in splits:
-        raise ValueError(f"{split_field}={split!r}: dataset_name={name!r} has the splits {', '.join(map(repr, splits))}")
+        raise ValueError(
+            f"{split_field}={split!r}: dataset_name={name!r} has the splits {', '.join(map(repr, splits))}"
+        )
     dataset = splits[split]
     # TRL takes a first row before any check of its own and would stop with a bare StopIteration
     first = next(iter(dataset), None)

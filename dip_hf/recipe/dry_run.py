@@ -16,11 +16,12 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from dip_hf.blocks import select_blocks
-from dip_hf.dipnet.config import DIPNetConfig
+from dip_hf.dipnet import DIPNetConfig, DIPNetModel
 from dip_hf.recipe.arguments import AdapterArguments, DataArguments
 from dip_hf.recipe.data import is_local, load_train_dataset
 from dip_hf.recipe.gsm8k import TRAIN_ROWS as GSM8K_TRAIN_ROWS
-from dip_hf.trainer import DIPSFTConfig, optimizer_groups
+from dip_hf.trainer import DIPSFTConfig, DIPSFTTrainer
+from dip_hf.trainer.objective import DIPNetObjective
 
 
 _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
@@ -80,6 +81,23 @@ def build_on_meta(config: PretrainedConfig, dtype: str | None) -> PreTrainedMode
     return model.to(wanted)
 
 
+def optimizer_groups(model: nn.Module, training: DIPSFTConfig) -> list[dict[str, Any]]:
+    """Return the parameter groups that training would optimise, for a model on any device, the meta device included.
+
+    Args:
+        model: a model with its adapter, as the trainer holds it.
+        training: the trainer's config.
+    """
+    # The trainer's own method makes the groups. A whole trainer would move the model to a device, which a model without
+    # weights cannot do; and SGD holds any tensors, where the optimiser of the run may refuse those of the meta device.
+    trainer = object.__new__(DIPSFTTrainer)
+    trainer.model, trainer.args, trainer.optimizer = model, training, None
+    trainer.optimizer_cls_and_kwargs = (torch.optim.SGD, {"lr": training.learning_rate})
+    is_dipnet = isinstance(model, PeftModel) and isinstance(model.base_model, DIPNetModel)
+    trainer.dipnet = DIPNetObjective(model, training) if is_dipnet else None
+    return [group for group in trainer.create_optimizer().param_groups if group["params"]]
+
+
 def _model_config(adapter: AdapterArguments, architectures: Path) -> tuple[PretrainedConfig, str]:
     name = str(adapter.model_name_or_path)
     if Path(name).is_dir():
@@ -101,7 +119,9 @@ def _model_config(adapter: AdapterArguments, architectures: Path) -> tuple[Pretr
 def _weights_at_hand(adapter: AdapterArguments) -> str:
     name = str(adapter.model_name_or_path)
     if Path(name).is_dir():
-        return "in that folder" if any(Path(name).glob("*.safetensors")) else "missing: the folder has no *.safetensors"
+        return (
+            "in that folder" if any(Path(name).glob("*.safetensors")) else "missing: the folder has no *.safetensors"
+        )
     cached = [try_to_load_from_cache(name, file, revision=adapter.model_revision) for file in _WEIGHT_FILES]
     return "in the local cache" if any(isinstance(path, str) for path in cached) else "would be downloaded"
 
@@ -177,13 +197,11 @@ def _describe_steps(rows: int | None, training: DIPSFTConfig) -> Iterator[str]:
 def _describe_optimizer(model: nn.Module, training: DIPSFTConfig) -> Iterator[str]:
     yield f"optimiser   {training.optim.value}, {training.lr_scheduler_type.value} schedule; groups:"
     for group in optimizer_groups(model, training):
-        parameters = group["params"]
-        if parameters:
-            size = sum(parameter.numel() for parameter in parameters)
-            yield (
-                f"            {len(parameters)} tensors, {size:,} parameters, learning rate "
-                f"{group.get('lr', training.learning_rate):g}, weight decay {group.get('weight_decay', training.weight_decay):g}"
-            )
+        size = sum(parameter.numel() for parameter in group["params"])
+        yield (
+            f"            {size:,} parameters in {len(group['params'])} tensors, learning rate {group['lr']:g}, "
+            f"weight decay {group['weight_decay']:g}"
+        )
 
 
 def _shorten(value: Any, width: int = 160) -> str:

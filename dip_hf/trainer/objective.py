@@ -1,0 +1,106 @@
+"""DIPNet's objective, Eq. 4 of arXiv 2506.04690, around a trainer's own task loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from dip_hf.dipnet.functional import output_variance, variance_penalty
+from dip_hf.dipnet.model import DIPNetModel
+from dip_hf.dipnet.trajectories import repeat_rows
+from dip_hf.noise import NoiseKey
+from dip_hf.trainer.config import DIPSFTConfig
+from dip_hf.trainer.terms import Term, batch_mean, token_mean
+
+
+class DIPNetObjective:
+    """The parts of Eq. 4 that are not the task loss: folded labels, penalty, stability.
+
+    Args:
+        model: a PEFT model with a DIPNet adapter.
+        args: α, β, λ_s, m and the penalty's reduction and unit.
+    """
+
+    def __init__(self, model: PeftModel, args: DIPSFTConfig) -> None:
+        self.tuner: DIPNetModel = model.base_model
+        self.args = args
+
+    @contextmanager
+    def sampling(self, key: NoiseKey) -> Iterator[DIPNetPass]:
+        """Noise and trajectories for one training forward pass; the pass's terms are read from what it yields."""
+        with self.tuner.sampling(key, self.args.num_trajectories) as log_variances:
+            record = DIPNetPass(self.args, log_variances)
+            if self.args.stability_weight == 0:
+                yield record
+                return
+            base = self.tuner.model
+            handle = base.base_model.register_forward_hook(record.keep_hidden_states)
+            try:
+                record.head = base.get_output_embeddings().weight
+                yield record
+            finally:
+                handle.remove()
+
+    def fold_labels(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The batch with its labels repeated m times, to meet outputs that are folded above the first noised block."""
+        if self.args.num_trajectories == 1:
+            return inputs
+        return {**inputs, "labels": repeat_rows(inputs["labels"], self.args.num_trajectories)}
+
+
+class DIPNetPass:
+    """What one forward pass leaves behind for the penalty and the stability term.
+
+    Args:
+        args: as for `DIPNetObjective`.
+        log_variances: filled by the pass, see `DIPNetModel.sampling`.
+    """
+
+    def __init__(self, args: DIPSFTConfig, log_variances: dict[int, tuple[Tensor, Tensor]]) -> None:
+        self.args = args
+        self.log_variances = log_variances
+        self.hidden_states: Tensor | None = None
+        self.head: Tensor | None = None
+
+    def keep_hidden_states(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """Forward hook of the backbone."""
+        self.hidden_states = output.last_hidden_state
+
+    def penalty(self, accumulation_steps: int) -> tuple[Term, dict[str, float]]:
+        """Eq. 4's penalty as one term, and what to log beside it: its raw parts and each block's noise level.
+
+        Noise levels are mean standard deviations relative to the RMS of the block's input.
+        """
+        relative = torch.stack([weight for weight, _ in self.log_variances.values()])
+        rho = relative
+        if self.args.penalty_unit == "absolute":
+            rho = relative + 2 * torch.stack([rms for _, rms in self.log_variances.values()]).float().log()
+        penalty, variance, log_variance = variance_penalty(
+            rho, self.args.variance_weight, self.args.log_variance_weight, self.args.penalty_reduction
+        )
+        levels = (relative.detach() / 2).exp().mean(-1)
+        values = torch.cat([torch.stack([variance, log_variance]).detach(), levels]).tolist()
+        names = ["dipnet/variance", "dipnet/log_variance", *(f"dipnet/noise_{layer}" for layer in self.log_variances)]
+        term = batch_mean("dipnet/penalty", penalty, 1.0, accumulation_steps)
+        return term, dict(zip(names, values, strict=True))
+
+    def stability(self, labels: Tensor, num_items: Tensor | int, num_processes: int, accumulation_steps: int) -> Term:
+        """Eq. 4's last term, a mean over the tokens whose prediction is trained.
+
+        Args:
+            labels: of the unfolded batch, shape (batch, length), -100 where ignored.
+        """
+        assert self.hidden_states is not None and self.head is not None  # set by the forward pass
+        head = self.head.full_tensor() if isinstance(self.head, DTensor) else self.head
+        total = output_variance(
+            self.hidden_states[:, :-1], head, labels[:, 1:] != -100, self.args.num_trajectories
+        )
+        return token_mean(
+            "dipnet/stability", total, self.args.stability_weight, num_items, num_processes, accumulation_steps
+        )

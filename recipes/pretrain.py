@@ -1,0 +1,176 @@
+"""Pretrain the embedded base language model from scratch on two CPU cores (about an hour).
+
+Run, stop at any time, run again to go on from the last checkpoint:
+
+    OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 python recipes/pretrain.py --config recipes/configs/pretrain.yaml
+
+Every field of the configuration can be overridden on the command line, for example `--max_steps 300`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset, concatenate_datasets, load_from_disk
+from muon import Muon
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTConfig, SFTTrainer, TrlParser
+
+from dip_hf.reasoning import ANSWER_CUE, FAMILIES, INSTRUCTIONS, PRETRAINING, iterate_rows, make_split, score_answer
+
+
+@dataclass
+class PretrainingArguments:
+    """What TRL's `SFTConfig` does not say: the model's size, the data's mixture, the optimiser."""
+
+    hidden_size: int = field(default=192, metadata={"help": "Width of the residual stream."})
+    num_hidden_layers: int = field(default=4, metadata={"help": "Number of decoder blocks."})
+    intermediate_size: int = field(default=512, metadata={"help": "Width of the MLPs."})
+    num_attention_heads: int = field(default=6, metadata={"help": "Number of attention heads."})
+    vocab_size: int = field(default=512, metadata={"help": "Upper bound of the tokenizer's size."})
+    examples_per_family: int = field(default=60_000, metadata={"help": "Size of each family's pool, repeats included."})
+    weights: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "Family name to sampling weight; a family not named has weight 1."}
+    )
+    muon: bool = field(default=True, metadata={"help": "Muon for the weight matrices of the blocks, else AdamW for all."})
+    accuracy_examples: int = field(default=200, metadata={"help": "Test questions per pretraining family at the end."})
+
+
+def build_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE that keeps letters and digits single and has one token per instruction."""
+    tokenizer = Tokenizer(models.BPE())
+    # Letters and digits stay apart, so that spelling and arithmetic are visible; merges join punctuation and spaces only.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex("[A-Za-z0-9]"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(INSTRUCTIONS) - 1,
+        min_frequency=50,
+        special_tokens=["<|end|>", "<|pad|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((text.split(":", 1)[1] for text in texts), trainer)
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in (*INSTRUCTIONS, ANSWER_CUE)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|end|>",
+        pad_token="<|pad|>",
+        padding_side="left",
+        model_max_length=256,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_pool(args: PretrainingArguments, seed: int, folder: Path) -> tuple[Dataset, PreTrainedTokenizerFast]:
+    """Draw, tokenize and keep on disk the examples of all pretraining families, family after family."""
+    if (folder / "tokenizer").is_dir():
+        return load_from_disk(folder / "pool"), PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
+    drawn: dict[str, list[tuple[str, str]]] = {}
+    for family in PRETRAINING:
+        rows = iterate_rows(family.name, "pretrain", seed=seed, limit=4 * args.examples_per_family)
+        drawn[family.name] = [(r["prompt"], r["completion"]) for r, _ in zip(rows, range(args.examples_per_family))]
+        print(f"{family.name}: {len(drawn[family.name])} examples", flush=True)
+    sample = [prompt + completion for pairs in drawn.values() for prompt, completion in pairs[:5000]]
+    tokenizer = build_tokenizer(sample, args.vocab_size)
+    parts = []
+    for name, pairs in drawn.items():
+        prompts = tokenizer([prompt for prompt, _ in pairs], return_attention_mask=False)["input_ids"]
+        # TRL ends each completion with the end token too; there is no beginning-of-sequence token.
+        answers = tokenizer([completion + "<|end|>" for _, completion in pairs], return_attention_mask=False)["input_ids"]
+        parts.append(
+            Dataset.from_dict(
+                {
+                    "input_ids": [p + a for p, a in zip(prompts, answers)],
+                    "labels": [[-100] * len(p) + a for p, a in zip(prompts, answers)],
+                    "family": [name] * len(pairs),
+                    "length": [len(p) + len(a) for p, a in zip(prompts, answers)],
+                }
+            )
+        )
+    pool = concatenate_datasets(parts)
+    pool.save_to_disk(folder / "pool")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    return pool, tokenizer
+
+
+def order_examples(pool: Dataset, weights: dict[str, float], steps: int, batch: int, seed: int) -> Dataset:
+    """Draw `steps` batches of the mixture; each is sorted by length, so that its micro-batches need little padding."""
+    families = np.asarray(pool["family"])
+    lengths = np.asarray(pool["length"])
+    names = [family.name for family in PRETRAINING]
+    members = [np.flatnonzero(families == name) for name in names]
+    shares = np.asarray([weights.get(name, 1.0) for name in names])
+    generator = np.random.default_rng(seed)
+    kinds = generator.choice(len(names), size=steps * batch, p=shares / shares.sum())
+    chosen = np.empty(steps * batch, dtype=np.int64)
+    for kind, index in enumerate(members):
+        mask = kinds == kind
+        # Whole passes over a family's pool, each in a new order.
+        passes = -(-int(mask.sum()) // len(index))
+        chosen[mask] = np.concatenate([generator.permutation(index) for _ in range(passes)] or [index])[: mask.sum()]
+    table = chosen.reshape(steps, batch)
+    table = np.take_along_axis(table, np.argsort(lengths[table], axis=1, kind="stable"), axis=1)
+    return pool.select_columns(["input_ids", "labels"]).select(table.ravel())
+
+
+@torch.no_grad()
+def measure_accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, name: str, size: int) -> float:
+    """Return the share of greedy answers that reasoning-gym scores 1.0 on `size` test questions of one family."""
+    rows = make_split(name, "test", size)
+    correct = 0
+    for start in range(0, size, 100):
+        part = rows.select(range(start, min(start + 100, size)))
+        inputs = tokenizer(list(part["prompt"]), return_tensors="pt", padding=True)
+        output = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+        answers = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        correct += sum(score_answer(name, answer, row) == 1.0 for answer, row in zip(answers, part))
+    return correct / size
+
+
+def main(args: PretrainingArguments, training: SFTConfig) -> None:
+    """Pretrain, write the model and its accuracy per pretraining family to `training.output_dir`."""
+    set_seed(training.seed)
+    folder = Path(training.output_dir)
+    pool, tokenizer = build_pool(args, training.seed, folder)
+    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    data = order_examples(pool, args.weights, training.max_steps, batch, training.seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=args.hidden_size,
+            num_hidden_layers=args.num_hidden_layers,
+            intermediate_size=args.intermediate_size,
+            num_attention_heads=args.num_attention_heads,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens, mean length {np.mean(pool['length']):.1f}")
+    optimizer = Muon.for_model(model, lr=training.learning_rate) if args.muon else None
+    trainer = SFTTrainer(
+        model, args=training, train_dataset=data, processing_class=tokenizer, optimizers=(optimizer, None)
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+    trainer.save_model()
+    model.eval()
+    accuracy = {f.name: measure_accuracy(model, tokenizer, f.name, args.accuracy_examples) for f in PRETRAINING}
+    (folder / "accuracy.json").write_text(json.dumps(accuracy, indent=2) + "\n")
+    print(json.dumps(accuracy, indent=2))
+
+
+if __name__ == "__main__":
+    main(*TrlParser((PretrainingArguments, SFTConfig)).parse_args_and_config())
