@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -22,7 +23,8 @@ def find_decoder_blocks(model: nn.Module) -> list[str]:
     remedy = "pass the blocks' module names as `DIPNetConfig(block_names=[...])`"
     if not hasattr(model, "config") or not hasattr(model.config, "get_text_config"):
         raise ValueError(f"block_names=None: {type(model).__name__} is no transformers model; {remedy}.")
-    depth = model.config.get_text_config(decoder=True).num_hidden_layers
+    config: Any = model.config
+    depth = config.get_text_config(decoder=True).num_hidden_layers
     found = [
         name
         for name, module in model.named_modules()
@@ -55,7 +57,10 @@ def select_blocks(names: Sequence[str], choice: str | int | Sequence[int], field
     if choice == "all":
         chosen = list(range(depth))
     elif isinstance(choice, str):
-        chosen = [index for index, name in enumerate(names) if re.fullmatch(choice, name)]
+        try:
+            chosen = [index for index, name in enumerate(names) if re.fullmatch(choice, name)]
+        except re.error as error:
+            raise ValueError(f"{field}={choice!r} is no regular expression: {error}.") from error
         if not chosen:
             raise ValueError(f"{field}={choice!r} matches no block; the blocks are {names[0]!r} to {names[-1]!r}.")
     elif isinstance(choice, int):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -125,12 +125,12 @@ def _(grad: Tensor, key: Tensor, layer: int, trajectories: int) -> Tensor:
     return grad.new_empty(grad.shape[-1], dtype=torch.float32)
 
 
-def _save_seed(ctx, inputs: tuple[Tensor, Tensor, Tensor, int, int], output: Tensor) -> None:
+def _save_seed(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int, int], output: Tensor) -> None:
     _, _, key, ctx.layer, ctx.trajectories = inputs
     ctx.save_for_backward(key)
 
 
-def _regenerate(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+def _regenerate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
     grad_std = None
     if ctx.needs_input_grad[1]:
         grad_std = noise_gradient(grad, ctx.saved_tensors[0], ctx.layer, ctx.trajectories)

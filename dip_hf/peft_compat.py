@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import Enum
 
 from peft import mapping
@@ -14,10 +15,22 @@ from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import DUMMY_TARGET_MODULES
 
-__all__ = ["DUMMY_TARGET_MODULES", "BaseTunerLayer", "DIPPeftType", "LoraLayer", "LoraModel", "register"]
+
+__all__ = [
+    "DUMMY_TARGET_MODULES",
+    "BaseTunerLayer",
+    "DIPPeftType",
+    "LoraLayer",
+    "LoraModel",
+    "clean_name",
+    "register",
+]
+
+# Parts that FSDP, activation checkpointing and torch.compile put into the names of what they wrap.
+_WRAPPERS = re.compile(r"(?<![^.])(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)(?:\.|$)")
 
 
-class DIPPeftType(str, Enum):
+class DIPPeftType(str, Enum):  # noqa: UP042  (PEFT parses str(member), which StrEnum changes)
     """PEFT's own `PeftType` is a closed enum; its callers read `.value` and use the member as a dictionary key."""
 
     DIPNET = "DIPNET"
@@ -25,6 +38,11 @@ class DIPPeftType(str, Enum):
 
 def register(peft_type: DIPPeftType, config_cls: type[PeftConfig], tuner_cls: type[LoraModel]) -> None:
     """Make PEFT know a method: `PeftConfig.from_pretrained`, `get_peft_model` and loading look it up here."""
-    mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config_cls  # type: ignore[index]
-    mapping.PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = tuner_cls  # type: ignore[index]
-    mapping.PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = tuner_cls.prefix  # type: ignore[index]
+    mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config_cls
+    mapping.PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = tuner_cls
+    mapping.PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = tuner_cls.prefix
+
+
+def clean_name(name: str) -> str:
+    """A module's or parameter's name without the parts that wrappers put into it."""
+    return _WRAPPERS.sub("", name).removesuffix(".")

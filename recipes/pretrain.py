@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer, TrlParser
 
-from dip_hf.reasoning import ANSWER_CUE, FAMILIES, INSTRUCTIONS, PRETRAINING, iterate_rows, make_split, score_answer
+from dip_hf.reasoning import ANSWER_CUE, INSTRUCTIONS, PRETRAINING, iterate_rows, make_split, score_answer
 
 
 @dataclass
@@ -34,18 +35,20 @@ class PretrainingArguments:
     intermediate_size: int = field(default=512, metadata={"help": "Width of the MLPs."})
     num_attention_heads: int = field(default=6, metadata={"help": "Number of attention heads."})
     vocab_size: int = field(default=512, metadata={"help": "Upper bound of the tokenizer's size."})
-    examples_per_family: int = field(default=60_000, metadata={"help": "Size of each family's pool, repeats included."})
+    examples_per_family: int = field(
+        default=30_000, metadata={"help": "Examples drawn per family, repeats of small families included."}
+    )
     weights: dict[str, float] = field(
         default_factory=dict, metadata={"help": "Family name to sampling weight; a family not named has weight 1."}
     )
-    muon: bool = field(default=True, metadata={"help": "Muon for the weight matrices of the blocks, else AdamW for all."})
+    muon: bool = field(default=True, metadata={"help": "Muon for the blocks' matrices; without it AdamW for all."})
     accuracy_examples: int = field(default=200, metadata={"help": "Test questions per pretraining family at the end."})
 
 
 def build_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE that keeps letters and digits single and has one token per instruction."""
     tokenizer = Tokenizer(models.BPE())
-    # Letters and digits stay apart, so that spelling and arithmetic are visible; merges join punctuation and spaces only.
+    # Letters and digits stay apart, so that spelling and arithmetic are visible; merges join punctuation and spaces.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex("[A-Za-z0-9]"), "isolated"),
@@ -79,7 +82,8 @@ def build_pool(args: PretrainingArguments, seed: int, folder: Path) -> tuple[Dat
     drawn: dict[str, list[tuple[str, str]]] = {}
     for family in PRETRAINING:
         rows = iterate_rows(family.name, "pretrain", seed=seed, limit=4 * args.examples_per_family)
-        drawn[family.name] = [(r["prompt"], r["completion"]) for r, _ in zip(rows, range(args.examples_per_family))]
+        pairs = ((row["prompt"], row["completion"]) for row in rows)
+        drawn[family.name] = list(islice(pairs, args.examples_per_family))
         print(f"{family.name}: {len(drawn[family.name])} examples", flush=True)
     sample = [prompt + completion for pairs in drawn.values() for prompt, completion in pairs[:5000]]
     tokenizer = build_tokenizer(sample, args.vocab_size)
@@ -87,14 +91,15 @@ def build_pool(args: PretrainingArguments, seed: int, folder: Path) -> tuple[Dat
     for name, pairs in drawn.items():
         prompts = tokenizer([prompt for prompt, _ in pairs], return_attention_mask=False)["input_ids"]
         # TRL ends each completion with the end token too; there is no beginning-of-sequence token.
-        answers = tokenizer([completion + "<|end|>" for _, completion in pairs], return_attention_mask=False)["input_ids"]
+        completions = [completion + tokenizer.eos_token for _, completion in pairs]
+        answers = tokenizer(completions, return_attention_mask=False)["input_ids"]
         parts.append(
             Dataset.from_dict(
                 {
-                    "input_ids": [p + a for p, a in zip(prompts, answers)],
-                    "labels": [[-100] * len(p) + a for p, a in zip(prompts, answers)],
+                    "input_ids": [p + a for p, a in zip(prompts, answers, strict=True)],
+                    "labels": [[-100] * len(p) + a for p, a in zip(prompts, answers, strict=True)],
                     "family": [name] * len(pairs),
-                    "length": [len(p) + len(a) for p, a in zip(prompts, answers)],
+                    "length": [len(p) + len(a) for p, a in zip(prompts, answers, strict=True)],
                 }
             )
         )
@@ -111,14 +116,15 @@ def order_examples(pool: Dataset, weights: dict[str, float], steps: int, batch: 
     names = [family.name for family in PRETRAINING]
     members = [np.flatnonzero(families == name) for name in names]
     shares = np.asarray([weights.get(name, 1.0) for name in names])
-    generator = np.random.default_rng(seed)
-    kinds = generator.choice(len(names), size=steps * batch, p=shares / shares.sum())
+    kinds = np.random.default_rng(seed).choice(len(names), size=steps * batch, p=shares / shares.sum())
     chosen = np.empty(steps * batch, dtype=np.int64)
     for kind, index in enumerate(members):
         mask = kinds == kind
-        # Whole passes over a family's pool, each in a new order.
-        passes = -(-int(mask.sum()) // len(index))
-        chosen[mask] = np.concatenate([generator.permutation(index) for _ in range(passes)] or [index])[: mask.sum()]
+        # Whole passes over a family's pool, each in a new order. A generator per family: the first steps stay the same
+        # when a resumed run asks for more steps or fewer.
+        generator = np.random.default_rng((seed, kind))
+        passes = int(mask.sum()) // len(index) + 1
+        chosen[mask] = np.concatenate([generator.permutation(index) for _ in range(passes)])[: mask.sum()]
     table = chosen.reshape(steps, batch)
     table = np.take_along_axis(table, np.argsort(lengths[table], axis=1, kind="stable"), axis=1)
     return pool.select_columns(["input_ids", "labels"]).select(table.ravel())
@@ -134,7 +140,7 @@ def measure_accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
         inputs = tokenizer(list(part["prompt"]), return_tensors="pt", padding=True)
         output = model.generate(**inputs, max_new_tokens=64, do_sample=False)
         answers = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        correct += sum(score_answer(name, answer, row) == 1.0 for answer, row in zip(answers, part))
+        correct += sum(score_answer(name, answer, row) == 1.0 for answer, row in zip(answers, part, strict=True))
     return correct / size
 
 

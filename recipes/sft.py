@@ -2,7 +2,7 @@
 
     accelerate launch recipes/sft.py --config recipes/configs/quickstart.yaml
 
-Any field of the file can be overridden behind it, and further fields be given: `--adapter lora --output_dir runs/lora`.
+Any field can be set behind the file, and overrides what it says: `--adapter lora --output_dir runs/lora`.
 `--dry_run` prints what would run and stops; `--help` lists every field.
 """
 
@@ -11,9 +11,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from transformers import AutoTokenizer
 from trl import get_quantization_config
 
-import dip_hf  # noqa: F401  registers the adapter with PEFT
 from dip_hf.recipe.arguments import AdapterArguments, DataArguments, make_parser
 from dip_hf.recipe.data import load_eval_dataset, load_train_dataset
 from dip_hf.recipe.dry_run import describe_run
@@ -23,26 +23,36 @@ from dip_hf.trainer import DIPSFTConfig, DIPSFTTrainer
 ARCHITECTURES = Path(__file__).parent / "architectures"
 
 
-def main(data: DataArguments, training: DIPSFTConfig, adapter: AdapterArguments) -> None:
-    """Train and save the adapter (or the whole model) to `output_dir`."""
+def make_trainer(data: DataArguments, training: DIPSFTConfig, adapter: AdapterArguments) -> DIPSFTTrainer:
+    """Load data and model. Data comes first: a mistake in it costs no wait for the weights."""
     evaluates = training.eval_strategy != "no"
     train_dataset = load_train_dataset(data, training.dataset_text_field)
     eval_dataset = load_eval_dataset(data, training.dataset_text_field) if evaluates else None
+    given = training.model_init_kwargs
     training.model_init_kwargs = {
         "revision": adapter.model_revision,
         "attn_implementation": adapter.attn_implementation,
         "dtype": adapter.dtype,
-        **(training.model_init_kwargs or {}),
+        **(given if isinstance(given, dict) else {}),
     }
-    trainer = DIPSFTTrainer(
+    return DIPSFTTrainer(
         model=adapter.model_name_or_path,
         args=training,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
+        # The examples are text, so a vision-language model's processor is not needed
+        processing_class=AutoTokenizer.from_pretrained(adapter.model_name_or_path, revision=adapter.model_revision),
         quantization_config=get_quantization_config(adapter),
         peft_config=adapter.peft_config(),
     )
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+
+
+def main(data: DataArguments, training: DIPSFTConfig, adapter: AdapterArguments) -> None:
+    """Train, and save the adapter (or the whole model) to `output_dir`."""
+    trainer = make_trainer(data, training, adapter)
+    # Trainer looks for the last checkpoint on True, but its field holds text, and "true" would be a folder's name
+    resume = training.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     trainer.save_model(training.output_dir)
     trainer.accelerator.print(f"Saved to {training.output_dir}")
     if training.push_to_hub:
@@ -52,11 +62,11 @@ def main(data: DataArguments, training: DIPSFTConfig, adapter: AdapterArguments)
 
 if __name__ == "__main__":
     try:
-        arguments = make_parser().parse_recipe()
+        data_arguments, training_arguments, adapter_arguments = make_parser().parse_recipe()
     except ValueError as error:
         sys.exit(f"recipes/sft.py: {error}")
-    if arguments[0].dry_run:
-        for line in describe_run(*arguments, ARCHITECTURES):
+    if not data_arguments.dry_run:
+        main(data_arguments, training_arguments, adapter_arguments)
+    elif training_arguments.process_index == 0:
+        for line in describe_run(data_arguments, training_arguments, adapter_arguments, ARCHITECTURES):
             print(line)
-    else:
-        main(*arguments)

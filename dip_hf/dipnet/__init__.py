@@ -5,6 +5,7 @@ from dip_hf.dipnet.export import export_lora
 from dip_hf.dipnet.model import DIPNetModel
 from dip_hf.peft_compat import DIPPeftType, register
 
+
 register(DIPPeftType.DIPNET, DIPNetConfig, DIPNetModel)
 
 __all__ = ["DIPNetConfig", "DIPNetModel", "export_lora"]

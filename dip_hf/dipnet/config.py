@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from peft import LoraConfig
 
 from dip_hf.adapter_files import check_adapter_folder
 from dip_hf.peft_compat import DUMMY_TARGET_MODULES, DIPPeftType
+
 
 ADAPTER_FORMAT = 1
 """Version of the adapter's files; a reader refuses a newer one."""
@@ -54,22 +56,24 @@ class DIPNetConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = DIPPeftType.DIPNET  # type: ignore[assignment]
+        self.peft_type = DIPPeftType.DIPNET
         if self.dip_format not in range(1, ADAPTER_FORMAT + 1):
             raise ValueError(
                 f"dip_format={self.dip_format!r}: this version of dip_hf reads formats 1 to {ADAPTER_FORMAT}; "
                 "upgrade dip_hf to load this adapter."
             )
-        if not self.noise_scale > 0:
+        if not 0 < self.noise_scale < math.inf:  # False for NaN too
             raise ValueError(
-                f"noise_scale={self.noise_scale} must be positive; for no noise use peft.LoraConfig instead."
-            )
-        if isinstance(self.noise_blocks, bool) or not isinstance(self.noise_blocks, str | int | list | tuple | range):
-            raise ValueError(
-                f"noise_blocks={self.noise_blocks!r} must be 'all', a number, a list of indices or a pattern."
+                f"noise_scale={self.noise_scale} must be positive and finite; for no noise use peft.LoraConfig."
             )
         if isinstance(self.noise_blocks, tuple | range):
             self.noise_blocks = list(self.noise_blocks)  # JSON knows no tuples
+        indices = self.noise_blocks if isinstance(self.noise_blocks, list) else [self.noise_blocks]
+        kinds = int if isinstance(self.noise_blocks, list) else str | int
+        if any(isinstance(index, bool) or not isinstance(index, kinds) for index in indices):
+            raise ValueError(
+                f"noise_blocks={self.noise_blocks!r} must be 'all', a number, a list of indices or a pattern."
+            )
         if self.layer_replication:
             raise ValueError(
                 f"layer_replication={self.layer_replication} shares one block's noise between several depths, which "
@@ -84,7 +88,7 @@ class DIPNetConfig(LoraConfig):
         return self.target_modules == DUMMY_TARGET_MODULES
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Self:
         """As PEFT's; a local folder whose weight file is pickled or damaged is refused before anything is read.
 
         Raises:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from dip_hf.adapter_files import WEIGHTS_NAME, check_adapter_folder
 from dip_hf.dipnet.config import DIPNetConfig
 
+
 NOISE_PREFIX = "lora_dip_"
 """Every parameter that plain LoRA does not know bears this in its name."""
 
@@ -50,13 +51,13 @@ def _export_folder(source: Path, output: Path) -> Path:
     config = PeftConfig.from_pretrained(str(source))
     if not isinstance(config, DIPNetConfig):
         raise ValueError(f"adapter={source} is a {type(config).__name__}, no DIPNetConfig; PEFT loads it as it is.")
-    if config.noise_only:
-        raise ValueError(f"adapter={source} has noise only: its noise-free pass is the base model, nothing to export.")
     names = [field.name for field in dataclasses.fields(LoraConfig) if field.init]
     lora = LoraConfig(**{name: getattr(config, name) for name in names})
     weights = {
         name: tensor for name, tensor in load_file(source / WEIGHTS_NAME).items() if f".{NOISE_PREFIX}" not in name
     }
+    if not weights:
+        raise ValueError(f"adapter={source} has noise only: its noise-free pass is the base model, nothing to export.")
     output.parent.mkdir(parents=True, exist_ok=True)
     # Written beside the target and moved there whole: a reader never sees half an adapter.
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from dip_hf.dipnet.functional import token_rms
 from dip_hf.noise import NoiseKey, add_noise
@@ -37,7 +38,17 @@ class NoiseState:
     log_variances: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def enter_layer(self, layer: int, seed: int) -> None:
-        """Outside any `sampling` context: on a new forward pass, go on to the next step of `seed` and this rank."""
+        """Outside any `sampling` context: on a new forward pass, go on to the next step of `seed` and this rank.
+
+        Raises:
+            RuntimeError: called while a backward pass recomputes activations, whose noise it could not repeat.
+        """
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "a checkpoint around a decoder block recomputes its noise, which would differ from the forward "
+                "pass's; use `model.gradient_checkpointing_enable()`, which leaves the block's hooks outside, or keep "
+                "the `sampling` context open through the backward pass."
+            )
         if layer <= self.last_layer:
             rank = dist.get_rank() if dist.is_initialized() else 0
             self.key = torch.cat([torch.tensor([seed]), self.key[1:2] + 1, torch.tensor([0, rank])])
@@ -70,7 +81,7 @@ class LogVariance(nn.Module):
 
 
 class NoiseSite(nn.Module, BaseTunerLayer):
-    """Child module of a decoder block, whose forward pre-hook replaces the block's input v by a sample of N(v, diag λ).
+    """Child of a decoder block, whose forward pre-hook replaces the block's input v by a sample of N(v, diag λ).
 
     Args:
         layer: the block's index.
@@ -80,11 +91,14 @@ class NoiseSite(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("lora_dip_log_variance",)
     other_param_names = ()
+    frozen_peft_weight_names: dict[str, tuple[str, ...]]
+    merged_adapters: list[str]
+    hook: RemovableHandle
 
     def __init__(self, layer: int, size: int, state: NoiseState) -> None:
         super().__init__()
         self.layer = layer
-        self.size = size
+        self.in_features = self.out_features = size
         self.state = state
         self.lora_dip_log_variance = nn.ModuleDict()
         self.noise_in_eval: dict[str, bool] = {}
@@ -100,9 +114,20 @@ class NoiseSite(nn.Module, BaseTunerLayer):
     def bias(self) -> Tensor:
         raise AttributeError("a noise site wraps no layer, so it has no bias")
 
+    def attach(self, block: nn.Module, child_name: str) -> None:
+        """Become a child of `block`, and act on its input from now on."""
+        block.add_module(child_name, self)
+        self.hook = block.register_forward_pre_hook(self.pre_hook, with_kwargs=True)
+        self.train(block.training)
+
+    def detach(self, block: nn.Module, child_name: str) -> None:
+        """Undo `attach`."""
+        self.hook.remove()
+        delattr(block, child_name)
+
     def update_layer(self, adapter_name: str, scale: float, learn: bool, noise_in_eval: bool, seed: int) -> None:
         """Add an adapter's noise; arguments as in `DIPNetConfig`."""
-        self.lora_dip_log_variance[adapter_name] = LogVariance(self.size, scale)
+        self.lora_dip_log_variance[adapter_name] = LogVariance(self.in_features, scale)
         self.noise_in_eval[adapter_name] = noise_in_eval
         self.seeds[adapter_name] = seed
         if not learn:
@@ -111,10 +136,18 @@ class NoiseSite(nn.Module, BaseTunerLayer):
                 adapter_name: self.adapter_layer_names,
             }
 
+    def _active_names(self) -> list[str]:
+        return cast(list[str], self.active_adapters)
+
+    def leaf(self, adapter_name: str) -> LogVariance:
+        """An adapter's log-variance at this block."""
+        return cast(LogVariance, self.lora_dip_log_variance[adapter_name])
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merging keeps the mean of the projection, which is the identity: there is nothing to add to a weight."""
-        names = self.active_adapters if adapter_names is None else adapter_names
-        self.merged_adapters += [name for name in names if name in self.lora_dip_log_variance]
+        names = self._active_names() if adapter_names is None else adapter_names
+        known = self.lora_dip_log_variance
+        self.merged_adapters += [name for name in names if name in known and name not in self.merged_adapters]
 
     def unmerge(self) -> None:
         self.merged_adapters.clear()
@@ -129,7 +162,7 @@ class NoiseSite(nn.Module, BaseTunerLayer):
         """The adapter whose noise this pass adds: the first active one, or None where noise is off."""
         if self.disable_adapters or self.merged:
             return None
-        for name in self.active_adapters:
+        for name in self._active_names():
             if name in self.lora_dip_log_variance:
                 return name if self.training or self.state.sampling or self.noise_in_eval[name] else None
         return None
@@ -145,7 +178,7 @@ class NoiseSite(nn.Module, BaseTunerLayer):
             return hidden_states
         if not self.state.sampling:
             self.state.enter_layer(self.layer, self.seeds[name])
-        leaf = self.lora_dip_log_variance[name]
+        leaf = self.leaf(name)
         if name not in self.calibrated:
             self._calibrate(name, leaf, hidden_states)
         log_variance, std = leaf()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -13,7 +13,8 @@ from dip_hf.dipnet.config import DIPNetConfig
 from dip_hf.dipnet.layer import NoiseSite, NoiseState
 from dip_hf.dipnet.trajectories import fold_trajectories
 from dip_hf.noise import NoiseKey
-from dip_hf.peft_compat import LoraLayer, LoraModel
+from dip_hf.peft_compat import BaseTunerLayer, LoraLayer, LoraModel, clean_name
+
 
 SITE_NAME = "dip_noise"
 """Name of the child module that a noised block gets."""
@@ -21,10 +22,13 @@ SITE_NAME = "dip_noise"
 
 def _input_size(model: nn.Module, block: nn.Module, name: str) -> int:
     """d, the last dimension of a block's input."""
+    if isinstance(block, BaseTunerLayer):  # a block that is itself a LoRA target
+        block = block.get_base_layer()
     if isinstance(block, nn.Linear):
         return block.in_features
     if hasattr(model, "config") and hasattr(model.config, "get_text_config"):
-        return model.config.get_text_config(decoder=True).hidden_size
+        config: Any = model.config
+        return config.get_text_config(decoder=True).hidden_size
     raise ValueError(
         f"block_names: cannot tell the input size of {name!r} ({type(block).__name__}) in a model without a "
         "transformers config; name `nn.Linear` modules instead."
@@ -38,7 +42,7 @@ class DIPNetModel(LoraModel):
     that PEFT, transformers and TRL do with blocks goes on working.
     """
 
-    tuner_layer_cls = (LoraLayer, NoiseSite)  # type: ignore[assignment]  # PEFT uses it in `isinstance` alone
+    tuner_layer_cls = (LoraLayer, NoiseSite)  # PEFT uses it in `isinstance` alone
 
     def inject_adapter(
         self,
@@ -55,6 +59,7 @@ class DIPNetModel(LoraModel):
         """
         config = self.peft_config[adapter_name]
         chosen = self._resolve_blocks(model, config)
+        earlier = {name: module for name, module in model.named_modules() if isinstance(module, NoiseSite)}
         super().inject_adapter(
             model,
             adapter_name,
@@ -62,12 +67,13 @@ class DIPNetModel(LoraModel):
             low_cpu_mem_usage=low_cpu_mem_usage,
             state_dict=state_dict,
         )
+        for name, site in earlier.items():
+            self._keep_outside(model, name, site)
         # After PEFT's own injection, which takes a model that already holds tuner layers for a second adapter's.
         for layer in chosen:
             self._add_site(model, adapter_name, config, layer, low_cpu_mem_usage)
 
-    @staticmethod
-    def _resolve_blocks(model: nn.Module, config: DIPNetConfig) -> list[int]:
+    def _resolve_blocks(self, model: nn.Module, config: DIPNetConfig) -> list[int]:
         names = config.block_names or find_decoder_blocks(model)
         modules = dict(model.named_modules())
         missing = [name for name in names if name not in modules]
@@ -76,8 +82,25 @@ class DIPNetModel(LoraModel):
         chosen = select_blocks(names, config.noise_blocks, "noise_blocks")
         for layer in chosen:
             _input_size(model, modules[names[layer]], names[layer])
+        noised = {names[layer] for layer in chosen}
+        noised |= {name.rpartition(".")[0] for name, module in modules.items() if isinstance(module, NoiseSite)}
+        saved = {name for other in self.peft_config.values() for name in other.modules_to_save or ()}
+        copied = sorted(block for block in noised if any(f".{name}." in f".{block}." for name in saved))
+        if copied:
+            raise ValueError(
+                f"modules_to_save={sorted(saved)}: PEFT would copy the noised blocks {copied}, noise and all; leave "
+                "them out of `noise_blocks`, or adapt them with LoRA instead."
+            )
         config.block_names = list(names)
         return chosen
+
+    @staticmethod
+    def _keep_outside(model: nn.Module, name: str, site: NoiseSite) -> None:
+        """Move a site from a block that a later adapter's LoRA has wrapped to the wrapper: LoRA sees the noise too."""
+        block = model.get_submodule(name.rpartition(".")[0])
+        if SITE_NAME not in block._modules:
+            site.detach(cast(BaseTunerLayer, block).get_base_layer(), SITE_NAME)
+            site.attach(block, SITE_NAME)
 
     def _add_site(
         self, model: nn.Module, adapter_name: str, config: DIPNetConfig, layer: int, low_cpu_mem_usage: bool
@@ -85,16 +108,14 @@ class DIPNetModel(LoraModel):
         assert config.block_names is not None  # resolved above
         name = config.block_names[layer]
         block = model.get_submodule(name)
-        site = getattr(block, SITE_NAME, None)
-        if site is None:
+        site = block._modules.get(SITE_NAME)
+        if not isinstance(site, NoiseSite):
             site = NoiseSite(layer, _input_size(model, block, name), self.noise_state(model))
-            block.add_module(SITE_NAME, site)
-            site.hook = block.register_forward_pre_hook(site.pre_hook, with_kwargs=True)
-            site.train(block.training)
+            site.attach(block, SITE_NAME)
         site.update_layer(
             adapter_name, config.noise_scale, config.learn_noise, config.noise_in_eval, config.noise_seed
         )
-        leaf = site.lora_dip_log_variance[adapter_name]
+        leaf = site.leaf(adapter_name)
         parameter = next(block.parameters(), None)
         if low_cpu_mem_usage:
             leaf.weight = nn.Parameter(leaf.weight.to("meta"))  # assigned on loading, like LoRA's
@@ -109,17 +130,19 @@ class DIPNetModel(LoraModel):
         """The state that the model's sites share; a new one where there is no site yet."""
         return next((module.state for module in model.modules() if isinstance(module, NoiseSite)), NoiseState())
 
+    def _sites(self) -> list[NoiseSite]:
+        return [module for module in self.model.modules() if isinstance(module, NoiseSite)]
+
     def noised_layers(self) -> list[int]:
         """Indices of the blocks that would add noise in a forward pass now, ascending."""
-        sites = (module for module in self.model.modules() if isinstance(module, NoiseSite))
-        return sorted(site.layer for site in sites if site.noised_adapter() is not None)
+        return sorted(site.layer for site in self._sites() if site.noised_adapter() is not None)
 
     @contextmanager
     def sampling(self, key: NoiseKey, trajectories: int = 1) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
         """Forward passes inside draw noise under `key`, in evaluation mode too.
 
-        With m = `trajectories` > 1 the batch is repeated m times from the first noised block on, so that the output has
-        m · batch rows, trajectory-major (row j · batch + b is trajectory j of row b).
+        With m = `trajectories` > 1 the batch is repeated m times from the first noised block on, so that the output
+        has m · batch rows, trajectory-major (row j · batch + b is trajectory j of row b).
 
         Args:
             key: the noise's key; passes under one key see the same noise.
@@ -140,7 +163,7 @@ class DIPNetModel(LoraModel):
         try:
             layers = self.noised_layers()
             if not layers:
-                raise ValueError("sampling: the active adapter adds no noise; activate and unmerge a DIPNet adapter.")
+                raise ValueError("sampling: the active adapter adds no noise; activate an unmerged DIPNet one.")
             names = self.peft_config[self.active_adapters[0]].block_names
             blocks = [self.model.get_submodule(name) for name in names[layers[0] :]]
             with fold_trajectories(blocks, trajectories):
@@ -148,11 +171,63 @@ class DIPNetModel(LoraModel):
         finally:
             state.key, state.trajectories, state.sampling, state.log_variances = outer
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's, after which every layer has the same active adapters.
+
+        PEFT lets each layer choose its next one among those it holds, and adapters need not noise the same blocks.
+        """
+        was_active = adapter_name in self.active_adapters
+        super().delete_adapter(adapter_name)
+        if was_active and self.active_adapters:
+            self.set_adapter(self.active_adapters)
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """As PEFT's for the LoRA weights; the noise is the first adapter's, like the rest of the configuration."""
+        is_new = adapter_name not in self.peft_config
+        super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
+        for site in self._sites():
+            if is_new and adapter_name in site.lora_dip_log_variance:
+                site.leaf(adapter_name).load_state_dict(site.leaf(adapters[0]).state_dict())
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None and not self.training and self.noised_layers():
+            raise ValueError(
+                f"adapter_names={kwargs['adapter_names']}: the rows of one batch cannot have different noise; run "
+                "adapters with noise_in_eval=True, or inside `sampling`, one at a time."
+            )
+        with super()._enable_peft_forward_hooks(*args, **kwargs):
+            yield
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: DIPNetConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        # PEFT looks parameters up under their modules' names, which have the wrapper's part in them where a block is
+        # wrapped (checkpoint_wrapper, FSDP), as the state dict's keys have not.
+        modules = {clean_name(name): name for name, _ in model.named_modules()}
+        wrapped = {}
+        for key, value in state_dict.items():
+            parent, _, leaf = clean_name(key).rpartition(".")
+            wrapped[f"{modules[parent]}.{leaf}" if parent in modules else key] = value
+        return super()._get_adapter_state_dict(model, config, adapter_name, wrapped, unwanted_adapter_names)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # PEFT applies it on saving and, to the model's keys, on loading: no wrapper leaves a trace in a file.
+        return clean_name(super()._remove_adapter_name_from_key(key, adapter_name))
+
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         for block in list(model.modules()):
             site = block._modules.get(SITE_NAME)
             if isinstance(site, NoiseSite):
-                site.hook.remove()
-                delattr(block, SITE_NAME)
+                site.detach(block, SITE_NAME)
         return model

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+
 # Arguments of a block that count tokens of a padding-free batch in one dimension, by name because their shape cannot
 # tell them from position indices.
 _CUMULATIVE_LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k")

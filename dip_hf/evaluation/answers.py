@@ -12,8 +12,8 @@ _CUED_ANSWER = re.compile(r".*\bthe answer is[ :]*([^\n]*)", re.IGNORECASE | re.
 def score_math_answer(generated: str, target: str) -> float:
     """1.0 where the answer of a worked solution equals the target as a mathematical expression, else 0.0.
 
-    Scored with Math-Verify as in arXiv 2506.04690. Where the text says "the answer is", only what follows the last such
-    words counts, up to the line's end; otherwise Math-Verify looks through all of it (this project's choice).
+    Scored with Math-Verify as in arXiv 2506.04690. Where the text says "the answer is", only what follows the last
+    such words counts, up to the line's end; otherwise Math-Verify looks through all of it (this project's choice).
 
     Args:
         generated: the generated solution.

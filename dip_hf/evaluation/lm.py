@@ -107,9 +107,9 @@ class DIPLM(HFLM):
         tuner = getattr(self.model, "base_model", None)  # of a plain model too: its decoder
         if not isinstance(tuner, DIPNetModel):
             raise ValueError(
-                f"trajectories={self.trajectories} needs a model with a DIPNet adapter, got "
-                f"{type(tuner if tuner is not None else self.model).__name__}: give peft=ADAPTER with a DIPNet adapter, "
-                "or trajectories=0"
+                f"trajectories={self.trajectories} needs a model with a DIPNet adapter, and "
+                f"{type(tuner if tuner is not None else self.model).__name__} has no noise: give peft=ADAPTER with a "
+                "DIPNet adapter, or trajectories=0"
             )
         return tuner.sampling(key, trajectories=trajectories)
 
@@ -139,9 +139,7 @@ class DIPLM(HFLM):
         if "attention_mask" in generation_kwargs:
             generation_kwargs["attention_mask"] = generation_kwargs["attention_mask"].repeat(self.trajectories, 1)
         key = self._next_key()
-        average = TrajectoryAverage(
-            lambda token: self._sampling(key._replace(micro_step=token), 1), self.trajectories
-        )
+        average = TrajectoryAverage(lambda token: self._sampling(key._replace(micro_step=token), 1), self.trajectories)
         with average:
             generated = super()._model_generate(
                 context.repeat(self.trajectories, 1),

@@ -1,8 +1,8 @@
 """Accuracy, its standard error, and paired differences between checkpoints with bootstrap intervals.
 
 Scores come as strata, one array per task (a family, a benchmark). A task set's accuracy is the unweighted mean of its
-tasks' accuracies, so that a large task does not outvote a small one; the tasks are fixed, the items in each of them are
-a sample. All of this is the project's choice; the DIPNet paper gives single accuracies without intervals.
+tasks' accuracies, so that a large task does not outvote a small one; the tasks are fixed, the items in each of them
+are a sample. All of this is the project's choice; the DIPNet paper gives single accuracies without intervals.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def paired_difference(
 ) -> PairedDifference:
     """Difference in accuracy on the same items, with a 95% percentile bootstrap interval.
 
-    Items are resampled within each task, a checkpoint's score always together with the reference's. The interval covers
-    the choice of items alone, not that of the training seed.
+    Items are resampled within each task, a checkpoint's score always together with the reference's. The interval
+    covers the choice of items alone, not that of the training seed.
 
     Args:
         scores: per task the checkpoint's scores, each of shape (items,).
@@ -114,7 +114,9 @@ def paired_difference(
     )
 
 
-def _resampled_means(values: NDArray[np.float64], resamples: int, generator: np.random.Generator) -> NDArray[np.float64]:
+def _resampled_means(
+    values: NDArray[np.float64], resamples: int, generator: np.random.Generator
+) -> NDArray[np.float64]:
     """Means of `resamples` bootstrap samples of `values`, shape (resamples,)."""
     # A mean depends only on how often each distinct value is drawn, and scores have two or three distinct values: the
     # multinomial counts give the bootstrap's exact distribution without drawing resamples × items indices.

@@ -1,8 +1,9 @@
 """Prompt-completion datasets from reasoning-gym with splits that cannot overlap.
 
-Item i of a reasoning-gym dataset is drawn with seed + i, so that nearby seeds repeat each other almost entirely, and small
-families repeat their questions under any seed. A question therefore belongs to the split that its hash names, whatever
-seed, size or level produced it: no list of earlier questions is needed, and splits of any size stay apart.
+Item i of a reasoning-gym dataset is drawn with seed + i, so that nearby seeds repeat each other almost entirely, and
+small families repeat their questions under any seed. A prompt therefore belongs to the split that its hash names,
+whatever seed, size, level or wording produced it: no list of earlier questions is needed, and splits of any size stay
+apart.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ def load_reasoning_gym() -> ModuleType:
     return reasoning_gym
 
 
-def split_of(question: str) -> str:
-    """Return the split that owns `question` (reasoning-gym's own text), from its SHA-256."""
-    bucket = int.from_bytes(hashlib.sha256(question.strip().encode()).digest()[:8], "big") % 100
+def split_of(prompt: str) -> str:
+    """Return the split that owns `prompt`, from its SHA-256."""
+    bucket = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "big") % 100
     return next(split for split, upper in _UPPER_BOUNDS.items() if bucket < upper)
 
 
@@ -60,19 +61,18 @@ def iterate_rows(
     items = load_reasoning_gym().create_dataset(family_name, size=limit, seed=first_seed, **family.settings(level))
     for index in range(limit):
         item: dict[str, Any] = items[index]
-        if item["answer"] is None or split_of(item["question"]) != split:
+        prompt = write_prompt(family_name, item["question"])
+        if item["answer"] is None or split_of(prompt) != split:
             continue
         yield {
-            "prompt": write_prompt(family_name, item["question"]),
+            "prompt": prompt,
             "completion": f" {item['answer']}",
             "family": family_name,
             "metadata": json.dumps({key: item[key] for key in ("question", "answer", "metadata")}, default=str),
         }
 
 
-def make_split(
-    family_name: str, split: Split, size: int, level: Level = "standard", seed: int = 0
-) -> Dataset:
+def make_split(family_name: str, split: Split, size: int, level: Level = "standard", seed: int = 0) -> Dataset:
     """Build `size` distinct questions of one family, the same ones for the same arguments on every machine.
 
     Args:
@@ -93,7 +93,7 @@ def make_split(
     if size < 1:
         raise ValueError(f"size must be at least 1, got {size}")
     rows: dict[str, dict[str, str]] = {}
-    # 20 draws per row find nearly all questions of a family that has enough; rare splits need some more for small sizes.
+    # 100 draws per row: the validation split owns one prompt in twenty, and a small family repeats itself.
     for row in iterate_rows(family_name, split, level, seed, limit=min(20_000 + 100 * size, _SEED_STRIDE)):
         rows.setdefault(row["prompt"], row)
         if len(rows) == size:

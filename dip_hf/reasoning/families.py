@@ -1,8 +1,8 @@
 """Three groups of reasoning-gym families: what the embedded base learns, what adapters learn, what nobody learns.
 
-Every family has a standard configuration and a harder one (longer inputs or larger numbers), so that one family gives an
-in-distribution test set and a shifted one, and the unseen group gives a far one. The choice of families and numbers is this
-project's: small enough that a model of two million parameters on two CPU cores learns them.
+Every family has a standard configuration and a harder one (longer inputs or larger numbers), so that one family gives
+an in-distribution test set and a shifted one, and the unseen group gives a far one. The choice of families and numbers
+is this project's: small enough that a model of two million parameters learns them on two CPU cores.
 """
 
 from __future__ import annotations
@@ -93,10 +93,14 @@ FINETUNING: tuple[Family, ...] = (
 UNSEEN: tuple[Family, ...] = (
     Family("products", {"min_digits": 1, "max_digits": 2}, {"min_digits": 3, "max_digits": 3}),
     Family(
-        "base_conversion", {"min_base": 2, "max_base": 4, "max_value": 999}, {"min_value": 1000, "max_value": 9999}
+        "base_conversion",
+        {"min_base": 2, "max_base": 4, "min_value": 1, "max_value": 999},
+        {"min_value": 1000, "max_value": 9999},
     ),
     Family("count_primes", {"max_n": 200}, {"min_n": 200, "max_n": 1000}),
-    Family("number_format", {"max_num_candidates": 3, "max_n": 10000}, {"min_num_candidates": 4, "max_num_candidates": 5}),
+    Family(
+        "number_format", {"max_num_candidates": 3, "max_n": 10000}, {"min_num_candidates": 4, "max_num_candidates": 5}
+    ),
     Family("time_intervals", {"task_types": ["time"]}, {"task_types": ["time_seconds"]}),
 )
 

@@ -1,7 +1,8 @@
 """Short prompts: reasoning-gym's boilerplate replaced by a few words, the data of each question kept as it is.
 
-A model of two million parameters spends its time on tokens, and the boilerplate is up to nine tenths of a question. Each
-instruction below is one token of the embedded base's tokenizer. Other models read the same prompts as plain English.
+A model of two million parameters spends its time on tokens, and the boilerplate is up to nine tenths of a question.
+Each instruction below is one token of the embedded base's tokenizer. Other models read the same prompts as plain
+English.
 """
 
 from __future__ import annotations
@@ -90,5 +91,7 @@ def write_prompt(family: str, question: str) -> str:
     for pattern, template in _RULES[family]:
         match = re.fullmatch(pattern, question.strip(), flags=re.DOTALL)
         if match:
-            return match.expand(template).rstrip() + ANSWER_CUE
+            prompt = match.expand(template).rstrip() + ANSWER_CUE
+            # One name for every unknown, or a test equation could be a training equation with another letter.
+            return re.sub(r"\b[a-z]\b", "x", prompt) if family == "simple_equations" else prompt
     raise ValueError(f"no prompt rule of family {family!r} matches the question {question!r}")

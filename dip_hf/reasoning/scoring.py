@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from .data import load_reasoning_gym
 from .families import get_family
 
 
-@lru_cache(maxsize=None)
+@cache
 def _scorer(family_name: str) -> Any:
     # A scorer looks at the entry only, so one item of the standard level serves all questions.
     return load_reasoning_gym().create_dataset(family_name, size=1, seed=0, **get_family(family_name).settings())

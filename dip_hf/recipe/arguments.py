@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from peft import LoraConfig
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import ModelConfig, ScriptArguments, TrlParser
 
 from dip_hf.dipnet import DIPNetConfig
@@ -167,6 +168,13 @@ class RecipeParser(TrlParser):
             if key not in known:
                 raise ValueError(f"the config file's key {key!r} is no field{_close_to(str(key), known)}")
         return super().set_defaults_with_config(**config)
+
+    def parse_args_into_dataclasses(self, args: Any = None, *others: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """As the parent's; a dry run may ask for bfloat16 on a machine that could not train in it."""
+        namespace, _ = self.parse_known_args(args)
+        if namespace.dry_run and not is_torch_bf16_gpu_available():
+            self.set_defaults(use_cpu=True)
+        return super().parse_args_into_dataclasses(args, *others, **kwargs)
 
     def parse_recipe(self, argv: list[str] | None = None) -> tuple[Any, ...]:
         """Parse `--config FILE` and the options after or before it, which override the file's values.

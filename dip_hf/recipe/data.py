@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Literal
 
-from datasets import Dataset, DatasetDict, IterableDataset, concatenate_datasets, load_dataset
+from datasets import Dataset, IterableDataset, concatenate_datasets, load_dataset
 
 from dip_hf.recipe.arguments import DataArguments
 from dip_hf.recipe.gsm8k import to_prompt_completion
@@ -30,14 +31,14 @@ def load_train_dataset(arguments: DataArguments, text_field: str = "text") -> Da
     """
     if arguments.families is not None:
         return _families(arguments, "train", arguments.train_size)
-    return _named(arguments, arguments.dataset_train_split, "dataset_train_split", text_field)
+    return _named(arguments, "dataset_train_split", text_field)
 
 
 def load_eval_dataset(arguments: DataArguments, text_field: str = "text") -> Dataset | IterableDataset:
     """Load the validation examples: the families' validation split, or `dataset_test_split`."""
     if arguments.families is not None:
         return _families(arguments, "validation", arguments.eval_size)
-    return _named(arguments, arguments.dataset_test_split, "dataset_test_split", text_field)
+    return _named(arguments, "dataset_test_split", text_field)
 
 
 def is_local(dataset_name: str) -> bool:
@@ -45,7 +46,7 @@ def is_local(dataset_name: str) -> bool:
     return Path(dataset_name).exists()
 
 
-def _families(arguments: DataArguments, split: str, size: int) -> Dataset:
+def _families(arguments: DataArguments, split: Literal["train", "validation"], size: int) -> Dataset:
     # reasoning-gym is an optional dependency
     from dip_hf.reasoning import make_split
 
@@ -53,24 +54,25 @@ def _families(arguments: DataArguments, split: str, size: int) -> Dataset:
     return concatenate_datasets(parts).select_columns(["prompt", "completion"])
 
 
-def _named(arguments: DataArguments, split: str, split_field: str, text_field: str) -> Dataset | IterableDataset:
-    name = arguments.dataset_name
+def _named(arguments: DataArguments, split_field: str, text_field: str) -> Dataset | IterableDataset:
+    name, split = arguments.dataset_name, getattr(arguments, split_field)
     assert name is not None  # DataArguments requires it where there are no families
     builder = _FILE_BUILDERS.get(Path(name).suffix) if is_local(name) else None
-    where: dict[str, object] = {"path": name, "name": arguments.dataset_config}
+    where: dict[str, Any] = {"path": name, "name": arguments.dataset_config}
     if builder is not None:
         where = {"path": builder, "data_files": name}
-    splits = load_dataset(**where, streaming=arguments.dataset_streaming)
-    assert isinstance(splits, DatasetDict | dict)
+    try:
+        splits = load_dataset(**where, streaming=arguments.dataset_streaming)
+    except (ValueError, StopIteration) as error:  # an empty file, for one: neither says which dataset it was
+        raise ValueError(f"dataset_name={name!r} gives no rows ({error!r}); give a dataset with rows") from error
     if split not in splits:
-        raise ValueError(
-            f"{split_field}={split!r}: dataset_name={name!r} has the splits {', '.join(map(repr, splits))}"
-        )
+        known = ", ".join(map(repr, splits))
+        raise ValueError(f"{split_field}={split!r}: dataset_name={name!r} has only the splits {known}")
     dataset = splits[split]
     # TRL takes a first row before any check of its own and would stop with a bare StopIteration
     first = next(iter(dataset), None)
     if first is None:
-        raise ValueError(f"dataset_name={name!r} has no rows in {split_field}={split!r}: give a dataset with rows")
+        raise ValueError(f"dataset_name={name!r} gives no rows in {split_field}={split!r}; give a dataset with rows")
     columns = set(first)
     if arguments.dataset_format == "gsm8k":
         if not {"question", "answer"} <= columns:

@@ -13,7 +13,8 @@ import transformers
 from huggingface_hub import try_to_load_from_cache
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, SchedulerType
+from transformers.training_args import OptimizerNames
 
 from dip_hf.blocks import select_blocks
 from dip_hf.dipnet import DIPNetConfig, DIPNetModel
@@ -88,8 +89,8 @@ def optimizer_groups(model: nn.Module, training: DIPSFTConfig) -> list[dict[str,
         model: a model with its adapter, as the trainer holds it.
         training: the trainer's config.
     """
-    # The trainer's own method makes the groups. A whole trainer would move the model to a device, which a model without
-    # weights cannot do; and SGD holds any tensors, where the optimiser of the run may refuse those of the meta device.
+    # The trainer's own method makes the groups. A whole trainer would move the model to a device, which one without
+    # weights cannot do; and SGD holds any tensors, where the run's optimiser may refuse those of the meta device.
     trainer = object.__new__(DIPSFTTrainer)
     trainer.model, trainer.args, trainer.optimizer = model, training, None
     trainer.optimizer_cls_and_kwargs = (torch.optim.SGD, {"lr": training.learning_rate})
@@ -127,7 +128,9 @@ def _weights_at_hand(adapter: AdapterArguments) -> str:
 
 
 def _weight_memory(model: PreTrainedModel, adapter: AdapterArguments) -> str:
-    sizes = {parameter: parameter.numel() * parameter.element_size() for parameter in model.parameters()}
+    sizes: dict[Any, int] = {
+        parameter: parameter.numel() * parameter.element_size() for parameter in model.parameters()
+    }
     bits = 4 if adapter.load_in_4bit else 8 if adapter.load_in_8bit else None
     if bits is None:
         return f"weights {sum(sizes.values()) / _GIB:.2f} GiB in {adapter.dtype}"
@@ -137,7 +140,8 @@ def _weight_memory(model: PreTrainedModel, adapter: AdapterArguments) -> str:
         if isinstance(module, nn.Linear) and module is not head:
             sizes[module.weight] = module.weight.numel() * bits // 8
     kind = adapter.bnb_4bit_quant_type if bits == 4 else "int8"
-    return f"weights about {sum(sizes.values()) / _GIB:.2f} GiB: linear layers in {bits} bits ({kind}), the rest in {adapter.dtype}"
+    size = sum(sizes.values()) / _GIB
+    return f"weights about {size:.2f} GiB: linear layers in {bits} bits ({kind}), the rest in {adapter.dtype}"
 
 
 def _describe_adapter(model: nn.Module, training: DIPSFTConfig, adapter: AdapterArguments) -> Iterator[str]:
@@ -145,7 +149,7 @@ def _describe_adapter(model: nn.Module, training: DIPSFTConfig, adapter: Adapter
     count = sum(p.numel() for p in trainable.values())
     # A parameter, its gradient and Adam's two moments
     memory = sum(4 * p.numel() * p.element_size() for p in trainable.values()) / _GIB
-    yield f"adapter     {adapter.adapter}: {count:,} trainable parameters, {memory:.2f} GiB with gradients and Adam's moments"
+    yield f"adapter     {adapter.adapter}: {count:,} trainable parameters, {memory:.2f} GiB with gradients and moments"
     config = model.active_peft_config if isinstance(model, PeftModel) else None
     if not isinstance(config, DIPNetConfig) or config.block_names is None:
         return
@@ -180,22 +184,21 @@ def _describe_data(data: DataArguments, training: DIPSFTConfig) -> tuple[int | N
 
 
 def _describe_steps(rows: int | None, training: DIPSFTConfig) -> Iterator[str]:
-    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
-    yield (
-        f"batch       {batch} rows a step: {training.per_device_train_batch_size} x {training.gradient_accumulation_steps} "
-        f"accumulated x {training.world_size} processes"
-    )
+    per_device, accumulated = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    batch, epochs = per_device * accumulated * training.world_size, training.num_train_epochs
+    yield f"batch       {batch} rows: {per_device} x {accumulated} accumulated x {training.world_size} processes"
     if training.max_steps > 0:
         yield f"steps       {training.max_steps} (max_steps)"
     elif rows is None:
-        yield f"steps       {training.num_train_epochs:g} epochs; their number is known once the data is loaded"
+        yield f"steps       {epochs:g} epochs; the number of steps is known once the data is loaded"
     else:
-        packed = " at most, before packing" if training.packing else ""
-        yield f"steps       {math.ceil(rows / batch * training.num_train_epochs)}{packed} ({training.num_train_epochs:g} epochs)"
+        before_packing = " at most, before packing" if training.packing else ""
+        yield f"steps       {math.ceil(math.ceil(rows / batch) * epochs)}{before_packing} ({epochs:g} epochs)"
 
 
 def _describe_optimizer(model: nn.Module, training: DIPSFTConfig) -> Iterator[str]:
-    yield f"optimiser   {training.optim.value}, {training.lr_scheduler_type.value} schedule; groups:"
+    name, schedule = OptimizerNames(training.optim).value, SchedulerType(training.lr_scheduler_type).value
+    yield f"optimiser   {name}, {schedule} schedule; groups:"
     for group in optimizer_groups(model, training):
         size = sum(parameter.numel() for parameter in group["params"])
         yield (

@@ -1,8 +1,8 @@
 """GSM8K as the DIPNet paper trains on it.
 
 Source: arXiv 2506.04690, experiments on language models: "#### x" is rewritten as "The answer is x", and the prompt is
-zero-shot chain-of-thought. The prompt's wording is this project's choice, that of lm-eval's `gsm8k_cot_zeroshot`, so that
-a model is evaluated on the prompt that it was trained on.
+zero-shot chain-of-thought. The prompt's wording is this project's choice, that of lm-eval's `gsm8k_cot_zeroshot`, so
+that a model is evaluated on the prompt that it was trained on.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ ANSWER = "The answer is {answer}"
 TRAIN_ROWS = 7473
 """Rows of the published training split, by which a dry run can count steps without the data."""
 
-_FINAL_ANSWER = re.compile(r"\s*#### *(?P<answer>[^\n]+?)\s*\Z")
+_FINAL_ANSWER = re.compile(r"\s*#### *(?P<answer>\S[^\n]*?)\s*\Z")
 
 
 def rewrite_solution(solution: str) -> str:

@@ -26,8 +26,8 @@ def check_dataset(name: str, dataset: object) -> None:
             for index, row in enumerate(dataset.with_format(None)[column]):
                 if all(value == ignored for value in row):
                     raise ValueError(
-                        f"{name} row {index}: every entry of {column!r} is {ignored}, so the row trains nothing; drop it "
-                        "or label at least one token."
+                        f"{name} row {index}: every entry of {column!r} is {ignored}, so the row trains nothing; "
+                        "drop it or label at least one token."
                     )
 
 

@@ -98,9 +98,7 @@ class DIPNetPass:
         """
         assert self.hidden_states is not None and self.head is not None  # set by the forward pass
         head = self.head.full_tensor() if isinstance(self.head, DTensor) else self.head
-        total = output_variance(
-            self.hidden_states[:, :-1], head, labels[:, 1:] != -100, self.args.num_trajectories
-        )
+        total = output_variance(self.hidden_states[:, :-1], head, labels[:, 1:] != -100, self.args.num_trajectories)
         return token_mean(
             "dipnet/stability", total, self.args.stability_weight, num_items, num_processes, accumulation_steps
         )

@@ -37,15 +37,15 @@ class Term:
         if not torch.isfinite(self.value):
             raise FloatingPointError(
                 f"Step {step}: the term {self.name!r} is {self.value.item()}. Training stopped before the optimiser "
-                "step; the last checkpoint is intact. Lower the learning rate or the term's weight, and resume from it."
+                "step; the last checkpoint is intact. Lower the learning rate or the term's weight and resume from it."
             )
 
 
 def batch_mean(name: str, value: Tensor, weight: float, accumulation_steps: int) -> Term:
     """A term that is a mean over a micro-batch (or depends on parameters alone).
 
-    Every micro-batch counts alike, so each enters the step with 1/`accumulation_steps`; the ranks' gradients are averaged
-    by the wrapper.
+    Every micro-batch counts alike, so each enters the step with 1/`accumulation_steps`; the ranks' gradients are
+    averaged by the wrapper.
     """
     return Term(name, value, weight, 1 / accumulation_steps)
 

@@ -16,6 +16,7 @@ from dip_hf.noise import NoiseKey
 from dip_hf.trainer.checks import check_dataset, check_noise_setup, check_nothing_dropped
 from dip_hf.trainer.config import DIPSFTConfig
 from dip_hf.trainer.objective import DIPNetObjective
+from dip_hf.trainer.optimizer import noise_group
 from dip_hf.trainer.terms import Term, batch_mean
 
 
@@ -23,7 +24,8 @@ class DIPSFTTrainer(SFTTrainer):
     """`trl.SFTTrainer` with this project's regularisers.
 
     With a `DIPNetConfig` as `peft_config` (or a model that holds such an adapter) it minimises DIPNet's Eq. 4 (arXiv
-    2506.04690). With any other PEFT config, or none, and the default `DIPSFTConfig`, it is `SFTTrainer` to the last bit.
+    2506.04690). With any other PEFT config, or none, and the default `DIPSFTConfig`, it is `SFTTrainer` to the last
+    bit.
 
     Every term is logged raw and weighted; a term that is NaN or infinite stops the run before the optimiser step.
 
@@ -34,12 +36,12 @@ class DIPSFTTrainer(SFTTrainer):
         **kwargs: as for `SFTTrainer`.
 
     Raises:
-        ValueError: before training starts, on a dataset, adapter or set-up that cannot work; names the field, its value
-            and the remedy.
+        ValueError: before training starts, on a dataset, adapter or set-up that cannot work; names the field, its
+            value and the remedy.
         FloatingPointError: in training, on a term that is not finite.
     """
 
-    _tag_names = ["trl", "sft", "dip_hf"]
+    _tag_names = ["trl", "sft", "dip_hf"]  # noqa: RUF012  (an instance variable for SFTTrainer)
     _name = "DIP-SFT"
 
     def __init__(
@@ -128,14 +130,7 @@ class DIPSFTTrainer(SFTTrainer):
         optimizer = super().create_optimizer(model)
         if not is_new or self.dipnet is None:
             return optimizer
-        noise = [
-            parameter
-            for name, parameter in (self.model if model is None else model).named_parameters()
-            if f".{NOISE_PREFIX}" in name and parameter.requires_grad
-        ]
-        if noise:
-            known = {id(parameter) for parameter in noise}
-            for group in optimizer.param_groups:
-                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in known]
-            optimizer.add_param_group({"params": noise, "lr": self.args.noise_learning_rate, "weight_decay": 0.0})
+        noise = noise_group(optimizer.param_groups, self.model if model is None else model, self.args)
+        if noise is not None:
+            optimizer.add_param_group(noise)
         return optimizer

@@ -9,6 +9,7 @@ from datasets import DatasetDict
 
 import dip_hf.evaluation.lm  # noqa: F401  # registers both
 from dip_hf.reasoning import make_split, score_answer
+from dip_hf.reasoning.families import Level
 
 
 ITEMS = 200
@@ -16,11 +17,11 @@ ITEMS = 200
 
 
 @cache  # several checkpoints are evaluated on one data set
-def _test_split(family: str, level: str) -> DatasetDict:
+def _test_split(family: str, level: Level) -> DatasetDict:
     return DatasetDict(test=make_split(family, "test", ITEMS, level=level))
 
 
-def load(family: str, level: str, **_: Any) -> DatasetDict:
+def load(family: str, level: Level, **_: Any) -> DatasetDict:
     """lm-eval's `custom_dataset`: the test split of one family at one level.
 
     Args:

@@ -1,0 +1,183 @@
+"""DReS's coded branch of a model: what is coded, and how."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from dip_hf.blocks import find_decoder_blocks, select_blocks
+from dip_hf.dres.coded_pass import CodedPass, DReSRecord
+from dip_hf.dres.functional import coding_matrices
+from dip_hf.dres.sequence_pass import SequencePass
+from dip_hf.dres.token_pass import TokenPass
+from dip_hf.noise import NoiseKey
+
+
+_MLP_NAMES = ("mlp", "feed_forward", "ffn", "mlp_block")
+
+
+def find_mlp(name: str, block: nn.Module) -> tuple[str, nn.Module]:
+    """The MLP sublayer of a decoder block, and its name.
+
+    Args:
+        name: the block's name.
+        block: the block.
+
+    Raises:
+        ValueError: the block has no MLP of its own module, or one that is no smooth map of a token alone.
+    """
+    child, mlp = next(
+        ((child, getattr(block, child)) for child in _MLP_NAMES if isinstance(getattr(block, child, None), nn.Module)),
+        ("", None),
+    )
+    kind, remedy = type(block).__name__, "use dres_placement='sequence', or other dres_blocks"
+    if mlp is None:
+        raise ValueError(
+            f"dres_placement='token': {name!r} ({kind}) keeps its MLP in no submodule of its own (looked for "
+            f"{', '.join(_MLP_NAMES)}); {remedy}."
+        )
+    if any(submodule.rpartition(".")[2] == "experts" for submodule, _ in mlp.named_modules()):
+        raise ValueError(
+            f"dres_placement='token': the MLP of {name!r} ({kind}) is a mixture of experts, which jumps where its "
+            f"router changes its mind, so that the error would measure routing; {remedy}."
+        )
+    required = [
+        parameter.name
+        for parameter in inspect.signature(mlp.forward).parameters.values()
+        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    ]
+    if len(required) != 1:
+        raise ValueError(
+            f"dres_placement='token': the MLP of {name!r} ({kind}) takes {', '.join(required)}, not a token alone; "
+            f"{remedy}."
+        )
+    return f"{name}.{child}", mlp
+
+
+class DReSBranch:
+    """A coded branch through some of a model's blocks, run inside a forward pass of the model.
+
+    Args:
+        model: a transformers model (of a PEFT model, its base model, so that the blocks have their usual names).
+        placement: "sequence": samples are rows of the batch, f is the range of chosen blocks. "token": samples are
+            valid tokens, f is the MLP sublayer of each chosen block.
+        blocks: which blocks, as in `dip_hf.blocks.select_blocks`; None for the last quarter, rounded up.
+        group_size: K, samples in a group.
+        oversampling: N/K; N is rounded up.
+        detach_target: whether f(x) is a constant in the error, so that only the coded branch gets its gradient.
+        block_names: names of all decoder blocks, in order, where they cannot be found.
+
+    Attributes:
+        modules: the coded submodules by name, in order of depth.
+        coded_size: N.
+
+    Raises:
+        ValueError: a value that cannot work; names field, value and remedy.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        placement: str = "token",
+        blocks: str | int | Sequence[int] | None = None,
+        group_size: int = 8,
+        oversampling: float = 1.25,
+        detach_target: bool = False,
+        block_names: Sequence[str] | None = None,
+    ) -> None:
+        if placement not in ("sequence", "token"):
+            raise ValueError(f"dres_placement={placement!r} must be one of sequence, token.")
+        if group_size < 2:
+            raise ValueError(f"dres_group_size={group_size} must be at least 2: one sample leaves no path.")
+        if not 1 <= oversampling < math.inf:
+            raise ValueError(
+                f"dres_oversampling={oversampling} must be at least 1: with fewer coded samples than samples the "
+                "error measures the interpolation and not the curvature; 1.25 to 1.5 is usual."
+            )
+        self.placement = placement
+        self.group_size = group_size
+        self.coded_size = math.ceil(round(oversampling * group_size, 9))
+        self.detach_target = detach_target
+        try:
+            coding_matrices(group_size, self.coded_size)
+        except ValueError as error:
+            raise ValueError(f"dres_oversampling={oversampling}: {error}") from error
+        names = list(block_names or find_decoder_blocks(model))
+        chosen = select_blocks(names, -(-len(names) // 4) if blocks is None else blocks, "dres_blocks")
+        self.blocks = {names[index]: model.get_submodule(names[index]) for index in chosen}
+        if placement == "token":
+            self.modules = dict(find_mlp(name, block) for name, block in self.blocks.items())
+            return
+        self.modules = self.blocks
+        if chosen != list(range(chosen[0], chosen[-1] + 1)):
+            raise ValueError(
+                f"dres_blocks={blocks!r} chooses the blocks {chosen}, but dres_placement='sequence' needs a range "
+                "without gaps; choose neighbours, or use dres_placement='token'."
+            )
+        attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+        if attention == "flex_attention":
+            raise ValueError(
+                f"dres_placement='sequence' cannot code the masks of attn_implementation={attention!r}; use 'sdpa', "
+                "or dres_placement='token'."
+            )
+
+    def check(self, batch_size: int, padding_free: bool) -> None:
+        """
+        Args:
+            batch_size: rows of a micro-batch on one device.
+            padding_free: whether the rows of a batch are laid end to end (packing included).
+
+        Raises:
+            ValueError: sequence placement cannot fill a group from such batches.
+        """
+        if self.placement == "token":
+            return
+        if padding_free:
+            raise ValueError(
+                "dres_placement='sequence' codes the rows of a batch, which packing=True or padding_free=True lays "
+                "end to end; turn these off, or use dres_placement='token'."
+            )
+        if batch_size < self.group_size:
+            raise ValueError(
+                f"dres_group_size={self.group_size} is more than the {batch_size} rows of a batch "
+                f"(per_device_train_batch_size), so no group would be filled; lower it to at most {batch_size}, or "
+                "use dres_placement='token'."
+            )
+
+    @contextmanager
+    def attached(self, key: NoiseKey, attention_mask: Tensor | None = None) -> Iterator[DReSRecord]:
+        """The forward pass inside runs the coded branch too; its own output stays the same to the last bit.
+
+        Args:
+            key: what the groups depend on.
+            attention_mask: of that pass, shape (batch, length), nonzero where valid; None where every token is.
+
+        Yields:
+            A record whose `error` is, after the pass, the raw term, a scalar with its gradient.
+
+        Raises:
+            ValueError: `attention_mask` is not two-dimensional; from the pass itself, arguments of the blocks that
+                cannot be coded.
+        """
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ValueError(
+                f"attention_mask of shape {tuple(attention_mask.shape)}: DReS needs the batch's own, (batch, length)."
+            )
+        mask = None if attention_mask is None else attention_mask.bool()
+        options = (self.modules, self.group_size, self.coded_size, key.tensor(), mask, self.detach_target)
+        coded_pass: CodedPass
+        if self.placement == "sequence":
+            coded_pass = SequencePass(*options)
+        else:
+            coded_pass = TokenPass(list(self.blocks.values()), *options)
+        handles = coded_pass.attach()
+        try:
+            yield coded_pass.record
+        finally:
+            for handle in handles:
+                handle.remove()

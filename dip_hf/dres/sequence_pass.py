@@ -1,0 +1,152 @@
+"""Sequence placement: a sample is a row of the batch, f a range of decoder blocks."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import Cache
+
+from dip_hf.dres.coded_pass import CodedPass, RandomState, rerun
+from dip_hf.dres.functional import encode
+
+
+@dataclass
+class BlockCall:
+    """One block's call in the main branch.
+
+    Attributes:
+        hidden_states: what the block computes on, after all hooks; shape (rows, length, d).
+        before: the hidden states before the hooks, where a hook changed them (a sample of DIPNet's noise).
+        arguments: the other arguments, by name.
+    """
+
+    hidden_states: Tensor
+    before: Tensor | None
+    arguments: dict[str, Any]
+
+
+def _first(output: Any) -> Tensor:
+    """The hidden states in a block's output."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+class SequencePass(CodedPass):
+    """The main branch goes through the range as always; after its last block, coded rows go through it once more.
+
+    Rows are coded position by position, and what hooks add to the hidden states between the blocks (DIPNet's noise) is
+    coded with them: it belongs to the sample, so that both branches evaluate one and the same f.
+    """
+
+    def attach(self) -> list[RemovableHandle]:
+        self.calls: list[BlockCall] = []
+        blocks = list(self.modules.values())
+        handles = []
+        for block in blocks:
+            # The first and the last of the block's pre-hooks, so that what the others do is seen.
+            handles.append(block.register_forward_pre_hook(self._before_hooks, with_kwargs=True, prepend=True))
+            handles.append(block.register_forward_pre_hook(self._after_hooks, with_kwargs=True))
+        handles.append(blocks[-1].register_forward_hook(self._run))
+        return handles
+
+    def _before_hooks(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.before: Tensor = args[0] if args else kwargs["hidden_states"]
+
+    def _after_hooks(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        names = list(inspect.signature(block.forward).parameters)
+        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        hidden_states = arguments.pop(names[0])
+        if not self.calls:
+            self.state = RandomState(hidden_states.device)
+        # What hooks add to the range's own input is part of its input.
+        changed = self.calls and hidden_states is not self.before
+        self.calls.append(BlockCall(hidden_states, self.before if changed else None, arguments))
+
+    def _run(self, block: nn.Module, args: tuple, output: Any) -> None:
+        outputs = _first(output)
+        order = self.choose_groups(outputs.shape[0], outputs.device)
+        names = list(self.modules)
+        name = f"{names[0]}..{names[-1]}"
+        if not self.record.groups:
+            self.record.errors[name] = outputs.new_zeros((), dtype=torch.float32)
+            return
+        mask = self.valid_positions(outputs.shape[1])
+        valid = None if mask is None else self._group(mask, order).all(0)
+        coded = rerun(self.state, self._run_coded, order)
+        self.compare(name, self._group(outputs, order), coded.unflatten(0, (self.coded_size, -1)), valid)
+        self.calls.clear()
+
+    def _group(self, rows: Tensor, order: Tensor) -> Tensor:
+        """Shape (K, G, ...) from (rows, ...).
+
+        Below the block that folds DIPNet's trajectories in there are fewer rows: row b stands for rows j · batch + b.
+        """
+        return rows.index_select(0, order % rows.shape[0]).unflatten(0, (self.group_size, -1))
+
+    def _encode(self, groups: Tensor) -> Tensor:
+        """(K, G, ...) to coded rows, (N · G, ...)."""
+        return encode(groups, self.coded_size).flatten(0, 1)
+
+    def _run_coded(self, order: Tensor) -> Tensor:
+        """f(coded rows), shape (N · G, length, d)."""
+        coded = self._encode(self._group(self.calls[0].hidden_states, order))
+        for block, call in zip(self.modules.values(), self.calls, strict=True):
+            if call.before is not None:
+                added = self._group(call.hidden_states, order) - self._group(call.before, order)
+                coded = coded + self._encode(added)
+            rows = call.hidden_states.shape[0]
+            arguments = {name: self._code(name, value, rows, order) for name, value in call.arguments.items()}
+            # `forward` rather than a call: the hooks on a block belong to the main branch.
+            coded = _first(block.forward(coded, **arguments))
+        return coded
+
+    def _code(self, name: str, value: Any, rows: int, order: Tensor) -> Any:
+        """A block's argument for the coded rows.
+
+        A mask holds where it holds in every row of the group; other floating tensors are coded like the samples;
+        integers (positions) must agree within a group; what has no row dimension stays as it is.
+
+        Args:
+            name: the argument's name.
+            value: its value in the main branch.
+            rows: number of rows in that call.
+            order: the grouped rows.
+
+        Raises:
+            ValueError: the argument cannot be coded.
+        """
+        if name == "use_cache":
+            return False
+        if isinstance(value, Cache):
+            if value.get_seq_length() > self.calls[0].hidden_states.shape[1]:
+                raise ValueError(
+                    "dres_placement='sequence' does not work with keys and values from elsewhere (prefix tuning); use "
+                    "dres_placement='token'."
+                )
+            return None  # the main branch has filled it
+        if isinstance(value, tuple):
+            return tuple(self._code(name, item, rows, order) for item in value)
+        if not isinstance(value, Tensor) or value.dim() < 2 or value.shape[0] == 1:
+            return value
+        if value.shape[0] != rows:
+            raise ValueError(
+                f"dres_placement='sequence': the blocks' argument {name!r}, of shape {tuple(value.shape)}, cannot be "
+                f"split into the batch's {rows} rows; use dres_placement='token'."
+            )
+        groups = self._group(value, order)
+        if "mask" not in name and value.is_floating_point():
+            return self._encode(groups)
+        if "mask" in name:
+            shared = groups.all(0) if value.dtype == torch.bool else groups.amin(0)
+        elif (groups == groups[:1]).all():
+            shared = groups[0]
+        else:
+            raise ValueError(
+                f"dres_placement='sequence': {name!r} differs between the rows of a batch, so that their positions "
+                "cannot be compared; pad on the right, or use dres_placement='token'."
+            )
+        return shared.repeat(self.coded_size, *[1] * (shared.dim() - 1))

@@ -1,0 +1,47 @@
+"""Where numbers were measured: versions, device, commit."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+_PACKAGES = ("dip_hf", "torch", "transformers", "peft", "trl", "datasets", "lm_eval", "reasoning_gym", "math-verify")
+
+
+def describe_environment(device: str | None = None) -> dict[str, Any]:
+    """Package versions, Python, device, threads and the checkout's commit (None outside one)."""
+    packages = {}
+    for name in _PACKAGES:
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    used = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return {
+        "device": torch.cuda.get_device_name(used) if used.startswith("cuda") else used,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "packages": packages,
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """HEAD of the checkout that this file stands in, with "+changes" where files differ from it."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        # An installed copy may lie in a repository that is not this one
+        subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True, check=True)
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changes = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+changes" if changes else "")

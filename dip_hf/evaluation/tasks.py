@@ -1,0 +1,119 @@
+"""Loading lm-eval tasks by name, and what this project reads from them: the set and the score a task stands for."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.group import Group
+from lm_eval.tasks import TaskManager
+
+
+# Scores that beat the first one in a task's own list (this project's choice): string equality undercounts mathematics.
+_PREFERRED_METRICS = ("math_verify",)
+
+
+def load_tasks(names: Sequence[str], include_path: str | Path | None = None) -> dict[str, Any]:
+    """Load tasks and groups with their data.
+
+    Args:
+        names: task or group names; patterns such as "dip_unseen_*" work.
+        include_path: folder of task files besides lm-eval's own.
+
+    Returns:
+        lm-eval's `TaskDict`: "tasks" by name, "groups" by name.
+
+    Raises:
+        ValueError: no name, a name that is no task, or `include_path` is no folder.
+    """
+    if not names:
+        raise ValueError("tasks is empty: name at least one task or group, such as dip_reasoning")
+    if include_path is not None and not Path(include_path).is_dir():
+        raise ValueError(f"include_path={str(include_path)!r} is no folder: give the folder that holds the task files")
+    # lm-eval's own index takes some 20 seconds to read, so it is read only where something is not found in ours
+    manager = TaskManager(include_path=include_path, include_defaults=False)
+    if any(missing for name in names for missing in _missing(name, manager)):
+        manager = TaskManager(include_path=include_path)
+    for name in names:
+        if not fnmatch.filter(manager.all_tasks, name):
+            close = difflib.get_close_matches(name, manager.all_tasks, n=3)
+            hint = f"did you mean {', '.join(close)}?" if close else "`lm-eval ls tasks` lists lm-eval's own"
+            raise ValueError(f"tasks: {name!r} is neither a task nor a group; {hint}")
+    matched = dict.fromkeys(match for name in names for match in fnmatch.filter(manager.all_tasks, name))
+    loaded: dict[str, Any] = manager.load(list(matched))
+    for task in loaded["tasks"].values():
+        # What lm-eval's `simple_evaluate` does to its tasks; it also spends seconds on collecting the environment.
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=1234)
+    return loaded
+
+
+def _missing(name: str, manager: TaskManager) -> Iterator[str]:
+    """Names under `name` that the index lacks."""
+    matches = fnmatch.filter(manager.all_tasks, name)
+    if not matches:
+        yield name
+    for match in matches:
+        members = (manager.task_index[match].cfg or {}).get("task")
+        if isinstance(members, list):
+            for member in members:
+                yield from _missing(member["task"] if isinstance(member, dict) else member, manager)
+
+
+def keep_families(loaded: dict[str, Any], families: Iterable[str]) -> None:
+    """Drop the tasks of fine-tuning families other than `families`, in place; all other tasks stay.
+
+    Args:
+        loaded: what `load_tasks` returned.
+        families: the fine-tuning families that the checkpoints were trained on.
+
+    Raises:
+        ValueError: a name is no fine-tuning family, or no task is left.
+    """
+    from dip_hf.reasoning import FINETUNING  # reasoning-gym is an optional dependency
+
+    known, kept = {family.name for family in FINETUNING}, set(families)
+    if not kept <= known:
+        raise ValueError(
+            f"families: {sorted(kept - known)[0]!r} is no fine-tuning family; known: {', '.join(sorted(known))}"
+        )
+    for name, task in list(loaded["tasks"].items()):
+        family = (task.config.dataset_kwargs or {}).get("family")
+        if family in known - kept:
+            del loaded["tasks"][name]
+            for group in loaded["groups"].values():
+                group.pop(name)
+    if not loaded["tasks"]:
+        raise ValueError(f"families={sorted(kept)} leaves no task to evaluate; name other tasks or families")
+
+
+def task_sets(loaded: dict[str, Any]) -> dict[str, str]:
+    """Map every task to the set that it is averaged in: its group, where that one averages, or itself."""
+    averaging: list[Group] = [group for group in loaded["groups"].values() if group.has_aggregation]
+    # The innermost group comes last where groups are nested, and wins
+    parents = {task.task_name: group.name for group in averaging for task in group.get_all_tasks()}
+    return {name: parents.get(name, name) for name in loaded["tasks"]}
+
+
+def item_scores(samples: Sequence[dict[str, Any]]) -> tuple[str, list[float]]:
+    """Return the name of a task's score and its value per item, in the order of the items.
+
+    Args:
+        samples: lm-eval's logged samples of one task. Where it scores an answer in several ways, Math-Verify's verdict
+            is preferred, then the first; where several filters extract the answer, the last, lm-eval's most lenient.
+
+    Raises:
+        ValueError: the score is not a number per item.
+    """
+    metrics = samples[0]["metrics"]
+    metric = next((name for name in _PREFERRED_METRICS if name in metrics), metrics[0])
+    chosen = samples[-1]["filter"]
+    rows = sorted((row for row in samples if row["filter"] == chosen), key=lambda row: row["doc_id"])
+    scores = [row[metric] for row in rows]
+    if not all(isinstance(score, (int, float)) for score in scores):
+        raise ValueError(f"the score {metric!r} is not a number per item, so that it has no mean over items")
+    return (metric if chosen == "none" else f"{metric} ({chosen})"), [float(score) for score in scores]

@@ -1,0 +1,93 @@
+"""Evaluates a base and checkpoints of it through lm-eval: one table, and report.json, report.md and report.png.
+
+    python recipes/evaluate.py --model recipes/base_model \
+        --checkpoints base lora=runs/quickstart/lora dipnet=runs/quickstart/dipnet \
+        --tasks dip_reasoning dip_reasoning_pretraining --limit 100 --output_dir runs/quickstart
+
+`--config FILE.yaml` takes the same fields from a file; options override it.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trl import TrlParser
+
+from dip_hf.evaluation.checkpoints import Checkpoint
+from dip_hf.evaluation.report import make_report, to_text, write_report
+from dip_hf.evaluation.results import EvaluationSettings
+from dip_hf.evaluation.run import evaluate_checkpoints, prepare_tasks
+
+
+@dataclass
+class EvaluationArguments:
+    """What to evaluate, on what, and where to write the report."""
+
+    model: str = field(metadata={"help": "The base: a folder, or a name on the Hub."})
+    checkpoints: list[str] = field(
+        default_factory=lambda: ["base"],
+        metadata={
+            "help": "Any number of `name=folder` (an adapter on the base, or a whole model) or `name` alone (the base "
+            "itself). The first is what the others are compared with."
+        },
+    )
+    tasks: list[str] = field(
+        default_factory=lambda: ["dip_reasoning"],
+        metadata={"help": "lm-eval tasks or groups: this project's (evals/) and lm-eval's own; patterns work."},
+    )
+    families: list[str] | None = field(
+        default=None,
+        metadata={"help": "Fine-tuning families the checkpoints were trained on; the others' tasks are left out."},
+    )
+    limit: int | None = field(
+        default=None, metadata={"help": "The first so many items of each task; all if not given."}
+    )
+    trajectories: int = field(
+        default=0,
+        metadata={"help": "Noise trajectories to average over for DIPNet adapters; 0 is the noise-free pass."},
+    )
+    noise_seed: int = field(default=0, metadata={"help": "Seed of those trajectories."})
+    batch_size: int = field(default=128, metadata={"help": "Prompts per forward pass."})
+    device: str | None = field(
+        default=None, metadata={"help": "Such as `cuda`; a GPU where there is one if not given."}
+    )
+    dtype: str = field(default="auto", metadata={"help": "Such as `bfloat16`; `auto` is the checkpoint's own."})
+    include_path: str = field(
+        default=str(Path(__file__).parent.parent / "evals"), metadata={"help": "Folder of task files."}
+    )
+    output_dir: str = field(
+        default="runs/evaluation", metadata={"help": "Where report.json, .md and .png are written."}
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the recipe; `argv` stands for the command line's words."""
+    try:
+        parser = TrlParser((EvaluationArguments,), allow_abbrev=False)
+        (arguments,) = parser.parse_args_and_config(argv)
+        settings = EvaluationSettings(
+            model=arguments.model,
+            tasks=tuple(arguments.tasks),
+            include_path=arguments.include_path,
+            families=None if arguments.families is None else tuple(arguments.families),
+            limit=arguments.limit,
+            batch_size=arguments.batch_size,
+            trajectories=arguments.trajectories,
+            noise_seed=arguments.noise_seed,
+            device=arguments.device,
+            dtype=arguments.dtype,
+        )
+        checkpoints = [Checkpoint.parse(text) for text in arguments.checkpoints]
+        tasks = prepare_tasks(settings, checkpoints)
+    except ValueError as error:
+        sys.exit(f"recipes/evaluate.py: {error}")
+    report = make_report(settings, evaluate_checkpoints(settings, checkpoints, tasks))
+    print(f"\n{to_text(report)}\n")
+    for path in write_report(report, arguments.output_dir):
+        print(f"Wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""PEFT's test module for custom models, with LoRA's place in it taken by DIPNet."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import pytest
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from dip_hf import DIPNetConfig
+from tests.conformance.fetch import SUITE, fetch
+
+
+PACKAGE = "peft_tests"
+
+# One row a feature of ours that PEFT's own rows cannot have: (name, model, configuration, its arguments).
+ROWS: list[tuple[str, str, type[PeftConfig], dict[str, Any]]] = [
+    (f"DIPNet {name}", model, DIPNetConfig, arguments)
+    for name, model, arguments in [
+        ("noise before LoRA", "MLP", {"target_modules": ["lin1"], "block_names": ["lin0"]}),
+        ("noise after LoRA", "MLP", {"target_modules": ["lin0"], "block_names": ["lin1"]}),
+        ("noise into LoRA", "MLP", {"target_modules": ["lin0"], "block_names": ["lin0"]}),
+        ("every block", "MLP", {"target_modules": ["lin0", "lin1"], "block_names": ["lin0", "lin1"]}),
+        ("last block", "MLP", {"target_modules": ["lin0"], "block_names": ["lin0", "lin1"], "noise_blocks": 1}),
+        ("pattern", "MLP", {"target_modules": "lin1", "block_names": ["lin0", "lin1"], "noise_blocks": ".*0"}),
+        ("frozen", "MLP", {"target_modules": ["lin0"], "block_names": ["lin1"], "learn_noise": False}),
+        ("small noise", "MLP", {"target_modules": ["lin0"], "block_names": ["lin1"], "noise_scale": 0.01}),
+        ("DoRA", "MLP", {"target_modules": ["lin0"], "block_names": ["lin1"], "use_dora": True}),
+        ("modules_to_save", "MLP", {"target_modules": [], "block_names": ["lin0"], "modules_to_save": ["lin1"]}),
+        ("noise only", "MLP", {"target_modules": [], "block_names": ["lin0", "lin1"]}),
+        ("convolution", "Conv2d", {"target_modules": ["conv2d"], "block_names": ["lin0"]}),
+        ("embedding", "EmbConv1D", {"target_modules": ["emb"], "block_names": ["lin0"]}),
+    ]
+]
+
+
+def load() -> ModuleType:
+    """Import PEFT's test module so that its LoRA tests and rows are DIPNet's, and drop other methods' rows."""
+    package = ModuleType(PACKAGE)
+    package.__path__ = [str(fetch())]
+    sys.modules[PACKAGE] = package
+    pytest.register_assert_rewrite(PACKAGE)
+    # PEFT's shared helpers import it for tests of image models, which are not run here.
+    stubs = {} if importlib.util.find_spec("diffusers") else {"diffusers": mock.MagicMock()}
+    sys.modules.update(stubs)
+    try:
+        with mock.patch("peft.LoraConfig", DIPNetConfig):
+            suite = importlib.import_module(f"{PACKAGE}.{SUITE.removesuffix('.py')}")
+    finally:
+        for name in stubs:
+            del sys.modules[name]
+    # In place: the tests' decorators hold these very lists.
+    suite.TEST_CASES[:] = [row for row in suite.TEST_CASES if row[2] is DIPNetConfig] + ROWS
+    suite.ALL_PEFT_CONFIG_CLASSES[:] = [DIPNetConfig]
+    multiple = suite.MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES
+    multiple[:] = [row for row in multiple if row[2] is DIPNetConfig]
+    mixed = suite.MIXED_ADAPTER_TEST_CASES
+    mixed[:] = [row for row in mixed if type(row[1]) is DIPNetConfig]
+    return suite
+
+
+def default_blocks(model: nn.Module, config: DIPNetConfig) -> list[str]:
+    """Stands in for `find_decoder_blocks` where a test names no blocks: the first `nn.Linear` that can be one."""
+    if config.block_names:
+        return config.block_names
+    inside = ("base_layer", "original_module", "modules_to_save")
+    for name, module in model.named_modules():
+        linear = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        saved = any(f".{saved}." in f".{name}." for saved in config.modules_to_save or ())
+        # A MultiheadAttention reads its projection's weight and never calls it.
+        if type(linear) is nn.Linear and not saved and not any(f".{part}." in f".{name}." for part in inside):
+            return [name]
+    raise AssertionError(f"{type(model).__name__} has no nn.Linear that could stand for a decoder block")

@@ -1,0 +1,119 @@
+"""The arguments of recipes/sft.py: every file in recipes/configs, overriding, and mistakes in them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from peft import LoraConfig
+
+from dip_hf import DIPNetConfig
+from dip_hf.recipe.arguments import make_parser, parse_noise_blocks
+from tests.recipes.support import CONFIGS, ROOT
+
+
+def parse(path: Path, *options: str) -> tuple[Any, ...]:
+    # A dry run may ask for bfloat16 where the machine has none
+    return make_parser().parse_recipe(["--config", str(path), "--dry_run", *options])
+
+
+def write(folder: Path, **values: Any) -> Path:
+    path = folder / "config.yaml"
+    fields = {"model_name_or_path": "some/model", "dataset_name": "some/data", "bf16": False, **values}
+    path.write_text(yaml.safe_dump(fields))
+    return path
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_parses_and_each_of_its_values_arrives(path: Path) -> None:
+    groups = parse(path)
+    for key, value in yaml.safe_load(path.read_text()).items():
+        arrived = next(getattr(group, key) for group in groups if hasattr(group, key))
+        assert arrived == ([] if value == "none" else value), key
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_opens_with_its_command_and_the_baselines(path: Path) -> None:
+    opening = path.read_text().partition("\n\n")[0]
+    assert f"--config recipes/configs/{path.name}" in opening
+    assert "--adapter lora" in opening
+    for word in opening.split():
+        if word.startswith("recipes/"):
+            assert (ROOT / word).exists()
+
+
+def test_the_paper_s_values_stand_in_the_gsm8k_configs() -> None:
+    for path in CONFIGS:
+        if path.stem.startswith("gsm8k"):
+            data, training, adapter = parse(path)
+            assert (training.learning_rate, training.num_train_epochs) == (5e-4, 1)
+            assert (training.variance_weight, training.log_variance_weight) == (0.1, 0.2)
+            assert (training.stability_weight, adapter.noise_blocks_choice, adapter.learn_noise) == (0, "all", True)
+            assert (data.dataset_name, data.dataset_format) == ("openai/gsm8k", "gsm8k")
+
+
+def test_the_command_line_overrides_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, lora_r=4, learn_noise=True, noise_blocks=2)
+    _, training, adapter = parse(path, "--lora_r", "8", "--learning-rate=1e-3", "--learn_noise", "false")
+    assert (adapter.lora_r, training.learning_rate, adapter.learn_noise) == (8, 1e-3, False)
+    assert adapter.noise_blocks_choice == 2
+
+
+def test_the_config_option_may_use_an_equals_sign(tmp_path: Path) -> None:
+    data, _, _ = make_parser().parse_recipe([f"--config={write(tmp_path)}"])
+    assert data.dataset_name == "some/data"
+
+
+def test_adapters_become_peft_configs(tmp_path: Path) -> None:
+    path = write(tmp_path, lora_r=4, lora_target_modules="all-linear", use_rslora=True, noise_scale=0.3)
+    dipnet = parse(path)[2].peft_config()
+    assert isinstance(dipnet, DIPNetConfig)
+    assert (dipnet.r, dipnet.target_modules, dipnet.use_rslora, dipnet.noise_scale) == (4, "all-linear", True, 0.3)
+    lora = parse(path, "--adapter", "lora")[2].peft_config()
+    assert type(lora) is LoraConfig and lora.r == 4
+    assert parse(path, "--adapter", "none")[2].peft_config() is None
+
+
+@pytest.mark.parametrize(
+    ("text", "blocks"),
+    [("all", "all"), ("4", 4), ("0,5, 9", [0, 5, 9]), (r".*\.1\d", r".*\.1\d"), (3, 3), ([0, 1], [0, 1])],
+)
+def test_noise_blocks(text: Any, blocks: Any) -> None:
+    assert parse_noise_blocks(text) == blocks
+
+
+def test_an_unknown_key_is_named_with_its_neighbours(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"'lerning_rate' is no field; did you mean 'learning_rate'"):
+        parse(write(tmp_path, lerning_rate=1e-3))
+    with pytest.raises(ValueError, match=r"'zzzzzz' is no field: see"):
+        parse(write(tmp_path, zzzzzz=1))
+
+
+def test_an_unknown_option_is_named_with_its_neighbours(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"'--noise-scal' is no field; did you mean 'noise_scale'"):
+        parse(write(tmp_path), "--noise-scal", "0.1")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"adapter": "dipnt"}, "adapter='dipnt' is not one of"),
+        ({"adapter": "none", "use_peft": True}, "use_peft=True contradicts"),
+        ({"dataset_format": "gms8k"}, "dataset_format='gms8k' is not one of"),
+        ({"families": ["lcm"]}, "families=.* and dataset_name='some/data'"),
+        ({"dataset_name": None}, "families and dataset_name are both missing"),
+        ({"model_name_or_path": None}, "model_name_or_path is missing"),
+        ({"train_size": 0}, "train_size=0 must be at least 1"),
+        ({"lora_r": "eight"}, "lora_r.*invalid int value: 'eight'"),
+        ({"num_trajectories": 0}, "num_trajectories=0"),
+        ({"stability_weight": 0.01}, "stability_weight=0.01"),
+    ],
+)
+def test_a_wrong_value_is_named(tmp_path: Path, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse(write(tmp_path, **values))
+
+
+def test_a_missing_path_after_config_is_named() -> None:
+    with pytest.raises(ValueError, match="--config needs the path"):
+        make_parser().parse_recipe(["--config"])

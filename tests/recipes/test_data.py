@@ -1,0 +1,79 @@
+"""Loading of local datasets, and what is refused before anything trains."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from dip_hf.recipe.arguments import DataArguments
+from dip_hf.recipe.data import load_eval_dataset, load_train_dataset
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def rows_file(folder: Path, *rows: dict[str, Any]) -> str:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_gsm8k_rows_are_rewritten(tmp_path: Path, streaming: bool) -> None:
+    name = rows_file(tmp_path, {"question": "How many?", "answer": "One.\n#### 1"})
+    dataset = load_train_dataset(DataArguments(dataset_name=name, dataset_format="gsm8k", dataset_streaming=streaming))
+    assert list(dataset) == [
+        {"prompt": "Q: How many?\nA: Let's think step by step.", "completion": " One.\nThe answer is 1"}
+    ]
+
+
+def test_rows_in_trl_s_formats_pass_through(tmp_path: Path) -> None:
+    row = {"prompt": "1 + 1 =", "completion": " 2", "level": 3}
+    assert list(load_train_dataset(DataArguments(dataset_name=rows_file(tmp_path, row)))) == [row]
+
+
+def test_a_text_column_of_another_name(tmp_path: Path) -> None:
+    name = rows_file(tmp_path, {"body": "words"})
+    with pytest.raises(ValueError, match=r"has the columns \['body'\].*dataset_text_field"):
+        load_train_dataset(DataArguments(dataset_name=name))
+    assert len(list(load_train_dataset(DataArguments(dataset_name=name), text_field="body"))) == 1
+
+
+def test_gsm8k_needs_its_columns(tmp_path: Path) -> None:
+    name = rows_file(tmp_path, {"prompt": "?", "completion": "!"})
+    with pytest.raises(ValueError, match="dataset_format='gsm8k' needs the columns question and answer"):
+        load_train_dataset(DataArguments(dataset_name=name, dataset_format="gsm8k"))
+
+
+def test_a_split_that_is_not_there(tmp_path: Path) -> None:
+    name = rows_file(tmp_path, {"text": "words"})
+    with pytest.raises(ValueError, match=r"dataset_test_split='test'.*only the splits 'train'"):
+        load_eval_dataset(DataArguments(dataset_name=name))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["train.parquet", "train.jsonl"])
+def test_an_empty_dataset(tmp_path: Path, name: str, streaming: bool) -> None:
+    path = tmp_path / name
+    empty = datasets.Dataset.from_dict({"text": []})
+    empty.to_parquet(path) if path.suffix == ".parquet" else path.touch()
+    with pytest.raises(ValueError, match=r"dataset_name='.*' gives no rows.*; give a dataset with rows"):
+        load_train_dataset(DataArguments(dataset_name=str(path), dataset_streaming=streaming))
+
+
+def test_families_share_no_question_between_training_and_validation() -> None:
+    pytest.importorskip("reasoning_gym")
+    arguments = DataArguments(families=["lcm", "number_sorting"], train_size=20, eval_size=10)
+    train, validation = load_train_dataset(arguments), load_eval_dataset(arguments)
+    assert (len(train), len(validation)) == (40, 20)
+    assert train.column_names == ["prompt", "completion"]
+    assert not set(train["prompt"]) & set(validation["prompt"])
+
+
+def test_an_unknown_family_is_named() -> None:
+    with pytest.raises(ValueError, match="unknown reasoning family 'lmc'"):
+        load_train_dataset(DataArguments(families=["lmc"]))

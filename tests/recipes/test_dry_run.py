@@ -1,0 +1,152 @@
+"""`--dry_run`: says what would run, and neither downloads, writes nor trains."""
+
+import json
+import os
+import runpy
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import AutoConfig
+
+from dip_hf.recipe.arguments import make_parser
+from dip_hf.recipe.dry_run import build_on_meta, describe_run, optimizer_groups
+from tests.recipes.support import ARCHITECTURES, CONFIGS, ROOT, load_sft, save_small_model
+
+
+# Parameters of the published checkpoints
+PUBLISHED = {
+    "Llama-3.1-8B": 8_030_261_248,
+    "Llama-3.2-3B": 3_212_749_824,
+    "Qwen2.5-3B": 3_085_938_688,
+    "Qwen2.5-7B": 7_615_616_512,
+    "gemma-3-12b-pt": 12_187_325_040,
+    "gemma-3-4b-pt": 4_300_079_472,
+}
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> NoReturn:
+        raise AssertionError("a dry run must not open a connection")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def describe(*argv: str) -> str:
+    arguments = make_parser().parse_recipe([*argv, "--dry_run"])
+    return "\n".join(describe_run(*arguments, architectures=ARCHITECTURES))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_bundled_shapes_are_those_of_the_published_models(name: str) -> None:
+    model = build_on_meta(AutoConfig.from_pretrained(ARCHITECTURES / f"{name}.json"), "bfloat16")
+    assert sum(parameter.numel() for parameter in model.parameters()) == PUBLISHED[name]
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem != "quickstart"], ids=lambda path: path.stem)
+def test_every_gsm8k_config(path: Path, no_network: None) -> None:
+    text = describe("--config", str(path))
+    assert "would load openai/gsm8k main" in text
+    assert "468 (1 epochs)" in text
+    assert "adamw_torch_fused, cosine" in text
+    assert "learning rate 0.0005" in text and "learning rate 0.01, weight decay 0" in text
+    # The vision tower of a Gemma has layers too, and gets neither noise nor LoRA
+    assert "vision" not in text
+    if "qlora" in path.stem:
+        assert "linear layers in 4 bits (nf4)" in text
+
+
+def test_the_baseline_differs_by_its_noise_alone(no_network: None) -> None:
+    config = str(ROOT / "recipes" / "configs" / "gsm8k_qwen2.5_3b.yaml")
+    dipnet, lora = describe("--config", config), describe("--config", config, "--adapter", "lora")
+    # 36 blocks of width 2048
+    assert "29,933,568 parameters in 504 tensors" in lora and "29,933,568 parameters in 504 tensors" in dipnet
+    assert f"{36 * 2048:,} parameters in 36 tensors" in dipnet
+    assert "noise " not in lora
+
+
+def test_trajectories_share_the_blocks_below_the_noise(no_network: None) -> None:
+    config = str(ROOT / "recipes" / "configs" / "gsm8k_qwen2.5_7b.yaml")
+    text = describe("--config", config, "--noise_blocks", "14", "--num_trajectories", "2")
+    assert "14 of 28 blocks, model.layers.14 to model.layers.27" in text
+    assert "2 trajectories, sharing the 14 blocks below: 1.50 x" in text
+
+
+def test_a_local_model_and_dataset(tmp_path: Path, no_network: None) -> None:
+    model = save_small_model(tmp_path / "model")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"question": "How many?", "answer": "One.\n#### 1"}) + "\n")
+    before = sorted(tmp_path.rglob("*"))
+    text = describe(
+        *("--model_name_or_path", str(model), "--dataset_name", str(rows), "--dataset_format", "gsm8k"),
+        *("--output_dir", str(tmp_path / "out"), "--lora_target_modules", "all-linear"),
+    )
+    assert "weights in that folder" in text
+    assert "1 rows from" in text and "The answer is 1" in text
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_model_of_unknown_shape_is_named(no_network: None) -> None:
+    with pytest.raises(ValueError, match="model_name_or_path='some/model' is neither a folder nor in"):
+        describe("--model_name_or_path", "some/model", "--dataset_name", "some/data")
+
+
+def test_noise_blocks_outside_the_model_are_named(no_network: None) -> None:
+    config = str(ROOT / "recipes" / "configs" / "gsm8k_qwen2.5_7b.yaml")
+    with pytest.raises(ValueError, match="noise_blocks=29"):
+        describe("--config", config, "--noise_blocks", "29")
+
+
+@pytest.mark.parametrize("adapter", ["dipnet", "lora", "none"])
+def test_groups_are_those_of_a_real_trainer(tmp_path: Path, adapter: str) -> None:
+    sft = load_sft()
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "How many?", "completion": " One."}) + "\n")
+    data, training, chosen = make_parser().parse_recipe(
+        [
+            *("--model_name_or_path", str(save_small_model(tmp_path / "model")), "--dataset_name", str(rows)),
+            *("--output_dir", str(tmp_path / "out"), "--use_cpu", "--bf16", "false", "--weight_decay", "0.1"),
+            *("--adapter", adapter, "--noise_learning_rate", "0.02", "--dataset_streaming", "--max_steps", "1"),
+        ]
+    )
+    trainer = sft.make_trainer(data, training, chosen)
+    real = trainer.create_optimizer().param_groups
+    model = build_on_meta(AutoConfig.from_pretrained(tmp_path / "model"), chosen.dtype)
+    if (config := chosen.peft_config()) is not None:
+        model = get_peft_model(model, config)
+    planned = optimizer_groups(model, training)
+
+    def facts(groups: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+        return [
+            ([tuple(p.shape) for p in group["params"]], group["lr"], group["weight_decay"])
+            for group in groups
+            if group["params"]
+        ]
+
+    assert facts(planned) == facts(real)
+
+
+def test_the_script_itself_writes_nothing(tmp_path: Path) -> None:
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "0"}
+    config = ROOT / "recipes" / "configs" / "gsm8k_llama3.2_3b.yaml"
+    command = [sys.executable, str(ROOT / "recipes" / "sft.py"), "--config", str(config), "--dry_run"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "LlamaForCausalLM, 3,212,749,824 parameters" in result.stdout
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_the_script_names_a_typo_without_a_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("lora_rr: 4\n")
+    monkeypatch.setattr(sys, "argv", ["sft.py", "--config", str(config)])
+    with pytest.raises(SystemExit, match=r"recipes/sft.py: the config file's key 'lora_rr' is no field.*'lora_r'"):
+        runpy.run_path(str(ROOT / "recipes" / "sft.py"), run_name="__main__")

@@ -1,0 +1,154 @@
+"""Noise is a pure function of its key, and add_noise is the projection with the right gradient and no memory."""
+
+from __future__ import annotations
+
+import random
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from dip_hf.noise import NoiseKey, add_noise, derive_seed, gaussian, noise_gradient
+
+
+CPU = torch.device("cpu")
+KEY = NoiseKey(7, 3, 1, 2)
+integers = st.integers(-(2**63), 2**63 - 1)
+places = st.tuples(integers, integers, integers, integers, st.integers(0, 1000), st.integers(0, 100))
+
+
+def sample(place: tuple[int, ...], shape: tuple[int, ...] = (2, 3, 16)) -> torch.Tensor:
+    """The noise of (seed, step, micro-step, rank, layer, trajectory)."""
+    return gaussian(shape, derive_seed(NoiseKey(*place[:4]).tensor(), place[4], place[5]), CPU)
+
+
+def test_the_same_place_gives_the_same_noise() -> None:
+    assert torch.equal(sample((1, 2, 3, 4, 5, 6)), sample((1, 2, 3, 4, 5, 6)))
+
+
+@pytest.mark.parametrize("part", range(6), ids=["seed", "step", "micro-step", "rank", "layer", "trajectory"])
+def test_every_part_of_the_place_changes_the_noise(part: int) -> None:
+    place = [1, 1, 1, 1, 1, 1]
+    before = sample(tuple(place))
+    place[part] += 1
+    after = sample(tuple(place))
+    assert torch.corrcoef(torch.stack([before.flatten(), after.flatten()]))[0, 1].abs() < 0.4
+    assert (before == after).float().mean() < 0.05
+
+
+def test_places_that_share_a_sum_or_a_permutation_do_not_collide() -> None:
+    seeds = {derive_seed(NoiseKey(*place[:4]).tensor(), *place[4:]) for place in product(range(3), repeat=6)}
+    assert len(seeds) == 3**6
+
+
+@given(places, places)
+@settings(deadline=None)
+def test_distinct_places_have_distinct_seeds(one: tuple[int, ...], other: tuple[int, ...]) -> None:
+    first, second = (derive_seed(NoiseKey(*place[:4]).tensor(), *place[4:]) for place in (one, other))
+    assert (first == second) == (one == other)
+    assert -(2**63) <= first < 2**63
+
+
+def test_global_generators_are_untouched() -> None:
+    def states() -> tuple[bytes, bytes, str]:
+        # numpy's state is a tuple with an array in it: compare its text
+        numpy_state = repr([np.asarray(part).tolist() for part in np.random.get_state()])
+        return torch.get_rng_state().numpy().tobytes(), repr(random.getstate()).encode(), numpy_state
+
+    before = states()
+    v = torch.zeros(4, 3, 8, requires_grad=True)
+    std = torch.ones(8, requires_grad=True)
+    add_noise(v, std, KEY.tensor(), 0, 2).sum().backward()
+    assert states() == before
+
+
+def test_noise_is_standard_normal() -> None:
+    x = gaussian((400_000,), 11, CPU).double().numpy()
+    assert abs(x.mean()) < 5 / len(x) ** 0.5
+    assert abs(x.var() - 1) < 5 * (2 / len(x)) ** 0.5
+    assert abs(stats.skew(x)) < 5 * (6 / len(x)) ** 0.5
+    assert abs(stats.kurtosis(x)) < 5 * (24 / len(x)) ** 0.5
+    assert stats.kstest(x, "norm").pvalue > 1e-3
+
+
+def test_noise_is_independent_over_positions_and_dimensions() -> None:
+    x = gaussian((20_000, 6), 5, CPU)
+    assert (torch.corrcoef(x.T) - torch.eye(6)).abs().max() < 5 / 20_000**0.5
+    lagged = torch.corrcoef(torch.stack([x[:-1, 0], x[1:, 0]]))[0, 1]
+    assert lagged.abs() < 5 / 20_000**0.5
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=4), integers)
+@settings(deadline=None)
+def test_any_shape_any_seed(shape: list[int], seed: int) -> None:
+    x = gaussian(tuple(shape), seed, CPU)
+    assert x.shape == tuple(shape) and x.dtype == torch.float32
+    assert x.isfinite().all() and (x.abs() < 4.4).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_add_noise_is_v_plus_std_times_noise(dtype: torch.dtype) -> None:
+    v, std = torch.randn(6, 5, 8).to(dtype), torch.rand(8) + 0.1
+    noisy = add_noise(v, std, KEY.tensor(), 4, 3)
+    noise = torch.cat([gaussian((2, 5, 8), derive_seed(KEY.tensor(), 4, j), CPU) for j in range(3)])
+    assert noisy.dtype == dtype
+    tolerance = 8 * torch.finfo(dtype).eps  # of the summands, not of a sum that may be near 0
+    torch.testing.assert_close(noisy, v + noise.to(dtype) * std.to(dtype), rtol=tolerance, atol=tolerance)
+
+
+def test_gradient_in_both_inputs() -> None:
+    v = torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True)
+    std = torch.rand(5, dtype=torch.float64).add(0.5).requires_grad_()
+    # Linear in both, so a coarse step is exact; the noise is fp32.
+    assert torch.autograd.gradcheck(
+        lambda v, std: add_noise(v, std, KEY.tensor(), 1, 2), (v, std), eps=1e-2, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_of_std_is_the_sum_of_gradient_times_noise(dtype: torch.dtype) -> None:
+    grad = torch.randn(6, 4, 5).to(dtype)
+    noise = torch.cat([gaussian((3, 4, 5), derive_seed(KEY.tensor(), 2, j), CPU) for j in range(2)])
+    expected = (grad.float() * noise).sum((0, 1))
+    torch.testing.assert_close(noise_gradient(grad, KEY.tensor(), 2, 2), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_backward_keeps_nothing_as_large_as_the_input() -> None:
+    saved: list[torch.Size] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor.shape)
+        return tensor
+
+    v, std = torch.randn(2, 64, 16, requires_grad=True), torch.rand(16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        noisy = add_noise(v, std, KEY.tensor(), 0, 1)
+    assert saved == [torch.Size([4])]  # the key
+    noisy.sum().backward()
+    assert std.grad is not None
+
+
+def test_a_frozen_std_draws_no_noise_in_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    v, std = torch.randn(2, 3, 4, requires_grad=True), torch.rand(4)
+    noisy = add_noise(v, std, KEY.tensor(), 0, 1)
+    monkeypatch.setattr("dip_hf.noise.gaussian", None)
+    noisy.sum().backward()
+    assert v.grad is not None and torch.equal(v.grad, torch.ones_like(v))
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 5), (4, 5), (4, 0, 5)])
+def test_operators_are_well_formed(shape: tuple[int, ...]) -> None:
+    v, std = torch.randn(shape, requires_grad=True), torch.rand(5, requires_grad=True)
+    torch.library.opcheck(add_noise, (v, std, KEY.tensor(), 0, 2))
+    torch.library.opcheck(noise_gradient, (torch.randn(shape), KEY.tensor(), 0, 2))
+
+
+def test_an_input_that_is_not_contiguous() -> None:
+    v, std = torch.randn(3, 8, 5).transpose(0, 2), torch.rand(3)
+    torch.testing.assert_close(
+        add_noise(v[..., :3], std, KEY.tensor(), 0, 1), add_noise(v[..., :3].contiguous(), std, KEY.tensor(), 0, 1)
+    )

@@ -1,0 +1,299 @@
+"""Every method through the same list of checks. A new method is a new row of `METHODS`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel
+from tests.trainer.tiny import ADAPTER, assert_close, base_model, gradients, losses, make_trainer, tokenised
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from trl import SFTTrainer
+
+from dip_hf import DIPNetConfig, export_lora
+from dip_hf.dipnet.export import NOISE_PREFIX
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row: what is trained, and how.
+
+    Attributes:
+        adapter: makes the PEFT config from the options of LoRA, or is None for full fine-tuning.
+        options: fields of `DIPSFTConfig`.
+        off: every regulariser is off, so that the run must be TRL's to the last bit.
+        inapplicable: names of checks that do not apply, with the reason.
+    """
+
+    adapter: Callable[..., PeftConfig] | None
+    options: dict[str, Any] = field(default_factory=dict)
+    off: bool = False
+    inapplicable: dict[str, str] = field(default_factory=dict)
+
+    def config(self, **options: Any) -> PeftConfig | None:
+        """The PEFT config, with further options of LoRA."""
+        return None if self.adapter is None else self.adapter(**{**ADAPTER, **options})
+
+
+def noise_only(**options: Any) -> PeftConfig:
+    return DIPNetConfig(**{**options, "target_modules": []})
+
+
+METHODS = {
+    "lora": Method(LoraConfig, off=True),
+    "full": Method(
+        None,
+        off=True,
+        inapplicable={"quantised": "a 4-bit base cannot be trained itself", "exported": "there is no adapter"},
+    ),
+    "dipnet": Method(DIPNetConfig),
+    "dipnet, m=2, stability": Method(DIPNetConfig, {"num_trajectories": 2, "stability_weight": 0.05}),
+    "dipnet, half the depth, m=2": Method(lambda **k: DIPNetConfig(**k, noise_blocks=2), {"num_trajectories": 2}),
+    "frozen noise, m=2": Method(lambda **k: DIPNetConfig(**k, learn_noise=False), {"num_trajectories": 2}),
+    "noise only": Method(noise_only, {"num_trajectories": 2}, inapplicable={"exported": "there are no LoRA weights"}),
+}
+every_method = pytest.mark.parametrize("name", METHODS)
+
+
+def applicable(name: str, check: str) -> Method:
+    """The row, where the check applies to it."""
+    method = METHODS[name]
+    if check in method.inapplicable:
+        pytest.skip(method.inapplicable[check])
+    return method
+
+
+@pytest.mark.parametrize("variant", ["plain", "accumulated", "packed"])
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.off])
+def test_off_is_off(name: str, variant: str, tmp_path: Path) -> None:
+    """With every regulariser off, 20 steps give SFTTrainer's losses and weights to the last bit, dropout included."""
+    variants: dict[str, dict[str, Any]] = {
+        "plain": {"bf16": True, "max_grad_norm": 1.0},
+        "accumulated": {"gradient_accumulation_steps": 2},
+        "packed": {"packing": True, "max_length": 32},
+    }
+    options = {"max_steps": 20, "per_device_train_batch_size": 2, **variants[variant]}
+    runs = []
+    for cls in (SFTTrainer, type(make_trainer(tmp_path, None))):
+        trainer = make_trainer(
+            tmp_path, METHODS[name].config(lora_dropout=0.1), options, base_model(attention_dropout=0.1), cls=cls
+        )
+        trainer.train()
+        runs.append((losses(trainer), dict(trainer.model.named_parameters())))
+    (expected, weights), (found, found_weights) = runs
+    assert len(expected) == 20 and found == expected
+    assert found_weights.keys() == weights.keys()
+    assert all(torch.equal(found_weights[key], weights[key]) for key in weights)
+
+
+@every_method
+def test_accumulation(name: str, tmp_path: Path) -> None:
+    """1, 2, 4 and 8 accumulated micro-batches of unequal token counts give one gradient and one logged loss."""
+    method = applicable(name, "accumulation")
+    found = [
+        gradients(
+            tmp_path,
+            method.config(),
+            {**method.options, "per_device_train_batch_size": 8 // steps, "gradient_accumulation_steps": steps},
+        )
+        for steps in (1, 2, 4, 8)
+    ]
+    for other in found[1:]:
+        assert_close(other, found[0])
+
+
+@every_method
+@pytest.mark.parametrize("layout", [{"packing": True, "max_length": 64}, {"padding_free": True}], ids=lambda x: [*x][0])
+def test_layout(name: str, layout: dict[str, Any], tmp_path: Path) -> None:
+    """Packed and padding-free batches give the gradient and the loss of padded ones."""
+    method = applicable(name, "layout")
+    padded = gradients(tmp_path, method.config(), method.options)
+    assert_close(gradients(tmp_path, method.config(), {**method.options, **layout}), padded)
+
+
+@every_method
+def test_activation_checkpointing(name: str, tmp_path: Path) -> None:
+    """Recomputed activations give the same gradient, with dropout on, for two steps of the real noise."""
+    method = applicable(name, "activation_checkpointing")
+    runs = []
+    for on in (False, True):
+        options = {**method.options, "activation_checkpointing": on, "max_steps": 2}
+        trainer = make_trainer(
+            tmp_path, method.config(lora_dropout=0.2), options, base_model(attention_dropout=0.2)
+        )
+        trainer.train()
+        runs.append(trainer.kept.steps)
+    for plain, recomputed in zip(*runs, strict=True):
+        assert_close(recomputed, plain)
+
+
+@every_method
+def test_dropout(name: str, tmp_path: Path) -> None:
+    """Dropout acts, and a repeated run repeats it."""
+    method = applicable(name, "dropout")
+
+    def run(rate: float) -> list[float]:
+        trainer = make_trainer(
+            tmp_path,
+            method.config(lora_dropout=rate),
+            {**method.options, "max_steps": 2},
+            base_model(attention_dropout=rate),
+        )
+        trainer.train()
+        return losses(trainer)
+
+    assert run(0.3) == run(0.3) != run(0.0)
+
+
+def trained_noise(trainer: Any) -> dict[str, torch.nn.Parameter]:
+    return {key: p for key, p in trainer.model.named_parameters() if f".{NOISE_PREFIX}" in key and p.requires_grad}
+
+
+@every_method
+def test_bfloat16(name: str, tmp_path: Path) -> None:
+    """A bfloat16 base trains; the log-variances stay in fp32 and move."""
+    method = applicable(name, "bfloat16")
+    trainer = make_trainer(
+        tmp_path, method.config(), {**method.options, "max_steps": 3, "bf16": True}, base_model().to(torch.bfloat16)
+    )
+    before = {key: p.detach().clone() for key, p in trained_noise(trainer).items()}
+    trainer.train()
+    assert torch.isfinite(torch.tensor(losses(trainer))).all()
+    assert all(p.dtype == torch.float32 and (p != before[key]).all() for key, p in trained_noise(trainer).items())
+
+
+@pytest.fixture(scope="session")
+def saved_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    base_model().save_pretrained(folder)
+    return folder
+
+
+@every_method
+def test_quantised(name: str, saved_base: Path, tmp_path: Path) -> None:
+    """A 4-bit base trains; SFTTrainer casts the adapter to bfloat16, but the log-variances stay in fp32 and move."""
+    method = applicable(name, "quantised")
+    quantisation = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(saved_base, quantization_config=quantisation, device_map="cpu")
+    trainer = make_trainer(tmp_path, method.config(), {**method.options, "max_steps": 3}, model)
+    before = {key: p.detach().clone() for key, p in trained_noise(trainer).items()}
+    trainer.train()
+    assert torch.isfinite(torch.tensor(losses(trainer))).all()
+    assert all(p.dtype == torch.float32 and (p != before[key]).all() for key, p in trained_noise(trainer).items())
+
+
+RESUMED = {"max_steps": 8, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_steps": 2}
+
+
+def resumable(name: str, folder: Path, **options: Any) -> Any:
+    method = METHODS[name]
+    options = {**method.options, **RESUMED, "save_strategy": "steps", **options}
+    return make_trainer(folder, method.config(lora_dropout=0.1), options, data=tokenised(12))
+
+
+def train_forever(name: str, folder: Path) -> None:
+    """Train until the first checkpoint is whole, then wait in the middle of the fourth step to be killed."""
+    torch.set_num_threads(1)
+    trainer = resumable(name, folder)
+    compute_loss = trainer.compute_loss
+
+    def stall(*args: Any, **kwargs: Any) -> Any:
+        loss = compute_loss(*args, **kwargs)
+        if trainer.state.global_step == 3:
+            (folder / "stalled").touch()
+            time.sleep(600)
+        return loss
+
+    trainer.compute_loss = stall
+    trainer.train()
+
+
+@every_method
+def test_resume(name: str, tmp_path: Path) -> None:
+    """A run that is killed outright and resumed gives the uninterrupted run's losses and weights bit for bit."""
+    applicable(name, "resume")
+    whole = resumable(name, tmp_path / "whole", save_strategy="no")
+    whole.train()
+
+    context = get_context("forkserver")  # a clean process, without the seconds of importing everything again
+    context.set_forkserver_preload(["dip_hf.trainer", "bitsandbytes"])
+    folder = tmp_path / "killed"
+    process = context.Process(target=train_forever, args=(name, folder))
+    process.start()
+    while process.is_alive() and not (folder / "stalled").exists():
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and (folder / "checkpoint-2").is_dir()
+
+    resumed = resumable(name, folder)
+    resumed.train(resume_from_checkpoint=True)
+    assert len(losses(whole)) == 8 and losses(resumed) == losses(whole)
+    found, expected = dict(resumed.model.named_parameters()), dict(whole.model.named_parameters())
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@every_method
+def test_optimiser_groups(name: str, tmp_path: Path) -> None:
+    """Every trained parameter is in exactly one group; log-variances have their own rate, scheduled, and no decay."""
+    method = applicable(name, "optimiser_groups")
+    options = {**method.options, "weight_decay": 0.1, "noise_learning_rate": 0.03, "max_steps": 4}
+    trainer = make_trainer(tmp_path, method.config(), {**options, "lr_scheduler_type": "linear"})
+    trainer.create_optimizer_and_scheduler(4)
+    groups = trainer.optimizer.param_groups
+    grouped = [id(p) for group in groups for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in trainer.model.parameters() if p.requires_grad)
+    noise = {id(p) for p in trained_noise(trainer).values()}
+    for step in range(4):
+        for group in groups:
+            members = {id(p) for p in group["params"]}
+            assert members <= noise or not members & noise
+            rate = 0.03 if members and members <= noise else 1e-2
+            assert group["lr"] == pytest.approx(rate * (1 - step / 4))
+            assert not members & noise or group["weight_decay"] == 0
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+
+
+@every_method
+def test_evaluation(name: str, tmp_path: Path) -> None:
+    """Evaluation is noise-free and repeatable, and training goes on as if it had not been."""
+    method = applicable(name, "evaluation")
+    options = {**method.options, "max_steps": 3, "per_device_train_batch_size": 2}
+    plain = make_trainer(tmp_path, method.config(), options)
+    plain.train()
+    evaluated = make_trainer(
+        tmp_path, method.config(), {**options, "eval_strategy": "steps", "eval_steps": 1}, eval_dataset=tokenised(4)
+    )
+    evaluated.train()
+    assert losses(evaluated) == losses(plain)
+    loss = evaluated.evaluate()["eval_loss"]
+    assert evaluated.evaluate()["eval_loss"] == loss == evaluated.state.log_history[-1]["eval_loss"]
+    assert not any(key.startswith("eval_dipnet") for entry in evaluated.state.log_history for key in entry)
+
+
+@every_method
+def test_saved_and_exported(name: str, tmp_path: Path) -> None:
+    """The saved adapter loads in PEFT, and its export in stock PEFT, both with the trainer's evaluation loss."""
+    method = applicable(name, "exported")
+    trainer = make_trainer(
+        tmp_path / "run", method.config(), {**method.options, "max_steps": 3}, eval_dataset=tokenised(4)
+    )
+    trainer.train()
+    expected = trainer.evaluate()["eval_loss"]
+    trainer.save_model(str(tmp_path / "adapter"))
+    folders = [tmp_path / "adapter"]
+    if isinstance(method.config(), DIPNetConfig):
+        folders.append(export_lora(tmp_path / "adapter", tmp_path / "lora"))
+    for folder in folders:
+        model = PeftModel.from_pretrained(base_model(), str(folder))
+        loaded = make_trainer(tmp_path / "eval", None, model=model, cls=SFTTrainer, eval_dataset=tokenised(4))
+        assert loaded.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-6)

@@ -1,0 +1,165 @@
+"""A tiny model, tokenizer and data set, and trainers around them: what the tests of the trainer share."""
+
+from __future__ import annotations
+
+import copy
+import string
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from datasets import Dataset
+from peft import PeftConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from trl import SFTTrainer
+
+import dip_hf.noise
+from dip_hf import DIPSFTConfig, DIPSFTTrainer
+from dip_hf.dipnet.layer import LogVariance
+from dip_hf.noise import NoiseKey, derive_seed, gaussian
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.role[0] }}?"
+    "{% if message.role == 'assistant' %}{% generation %}{{ message.content }}<eos>{% endgeneration %}"
+    "{% else %}{{ message.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}a?{% endif %}"
+)
+ADAPTER = {"task_type": "CAUSAL_LM", "r": 2, "target_modules": "all-linear", "init_lora_weights": False}
+"""LoRA with random B: at the usual B = 0 most gradients vanish, and comparing them would show nothing."""
+DEFAULTS: dict[str, Any] = {
+    "max_steps": 1,
+    "per_device_train_batch_size": 8,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "bf16": False,  # TRL trains in bfloat16 by default, too coarse to compare gradients
+    "activation_checkpointing": False,
+    "max_grad_norm": 0.0,
+    "max_length": None,
+}
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character."""
+    specials = ["<pad>", "<eos>", "<unk>"]
+    characters = string.ascii_lowercase + string.digits + " +=?"
+    vocabulary = {token: index for index, token in enumerate([*specials, *characters])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", chat_template=CHAT_TEMPLATE
+    )
+    return fast
+
+
+def base_model(**options: Any) -> LlamaForCausalLM:
+    """A Llama of three blocks with the same random weights every time."""
+    torch.manual_seed(7)
+    config = LlamaConfig(
+        vocab_size=48,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+        initializer_range=0.3,  # at the usual 0.02 so small a model computes next to nothing
+        eos_token_id=1,
+        pad_token_id=0,
+        **options,
+    )
+    return LlamaForCausalLM(config)
+
+
+def tokenised(rows: int = 8) -> Dataset:
+    """Rows of unequal length, of which unequal parts are labelled."""
+    generator = torch.Generator().manual_seed(3)
+    examples = []
+    for index in range(rows):
+        ids = torch.randint(3, 43, (6 + index % 8,), generator=generator).tolist()
+        masked = 2 + index % 3
+        examples.append({"input_ids": ids, "labels": [-100] * masked + ids[masked:]})
+    return Dataset.from_list(examples)
+
+
+class KeepGradients(TrainerCallback):
+    """Keeps the accumulated gradient of every optimiser step."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, Tensor]] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.steps.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+
+def make_trainer(
+    folder: Path,
+    adapter: PeftConfig | None,
+    options: dict[str, Any] | None = None,
+    model: Any = None,
+    data: Dataset | None = None,
+    cls: type[SFTTrainer] = DIPSFTTrainer,
+    **kwargs: Any,
+) -> Any:
+    """A trainer of `cls` over the tiny model and data; `options` are fields of the training arguments."""
+    config = DIPSFTConfig if issubclass(cls, DIPSFTTrainer) else cls.__init__.__globals__["SFTConfig"]
+    trainer = cls(
+        base_model() if model is None else model,
+        args=config(output_dir=str(folder), **{**DEFAULTS, **(options or {})}),
+        train_dataset=tokenised() if data is None else data,
+        processing_class=tokenizer(),
+        peft_config=copy.deepcopy(adapter),  # PEFT writes into it
+        **kwargs,
+    )
+    trainer.kept = KeepGradients()
+    trainer.add_callback(trainer.kept)
+    return trainer
+
+
+def losses(trainer: Any) -> list[float]:
+    """The logged losses, step by step."""
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def gradients(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    """The accumulated gradient of the first step of `make_trainer(*args, **kwargs)`, with steady noise, in float64."""
+    trainer = make_trainer(*args, model=base_model().double(), **kwargs)
+    with steady_noise(trainer):
+        trainer.train()
+    return {**trainer.kept.steps[0], "loss": torch.tensor(losses(trainer)[0])}
+
+
+@contextmanager
+def steady_noise(trainer: Any) -> Iterator[None]:
+    """Noise that depends on block and trajectory alone, and RMS values known beforehand.
+
+    Every token then gets the same noise, however the data is cut into micro-batches, ranks or packed rows, so that
+    all terms of the loss, those of the noise too, must come out the same for the same data.
+    """
+
+    def same_for_every_token(folded: Tensor, key: Tensor, layer: int, trajectories: int) -> list[Tensor]:
+        shape = (folded.shape[0] // trajectories, *folded.shape[1:])
+        seeds = [derive_seed(NoiseKey(0).tensor(), layer, j) for j in range(trajectories)]
+        return [gaussian(shape[-1:], seed, folded.device).expand(shape).clone() for seed in seeds]
+
+    for module in trainer.model.modules():
+        if isinstance(module, LogVariance):
+            module.rms.fill_(0.5)
+    with mock.patch.object(dip_hf.noise, "_trajectory_noise", same_for_every_token):
+        yield
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+    """Every tensor equal, up to `tolerance` relative to its largest entry."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        error = (found[name].double() - value.double()).abs().max()
+        assert error <= tolerance * value.abs().max() + 1e-9, f"{name}: {error / value.abs().max():.2e}"
