@@ -4,8 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-# make quickstart CONFIG=recipes/configs/OTHER.yaml OUT=runs/other
+# make quickstart CONFIG=OTHER.yaml EVAL_CONFIG=ITS_EVALUATION.yaml OUT=runs/other
 CONFIG ?= recipes/configs/quickstart.yaml
+EVAL_CONFIG ?= recipes/configs/quickstart_eval.yaml
 OUT ?= runs/quickstart
 LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate/one_gpu.yaml
 
@@ -40,7 +41,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 quickstart: $(INSTALLED)
 	$(LAUNCH) recipes/sft.py --config $(CONFIG) --adapter lora --output_dir $(OUT)/lora
 	$(LAUNCH) recipes/sft.py --config $(CONFIG) --adapter dipnet --output_dir $(OUT)/dipnet
-	$(BIN)/python recipes/evaluate.py --config $(CONFIG) --output_dir $(OUT)
+	$(BIN)/python recipes/evaluate.py --config $(EVAL_CONFIG) \
+		--checkpoints base lora=$(OUT)/lora dipnet=$(OUT)/dipnet --output_dir $(OUT)
 
 quality: $(INSTALLED)
 	$(BIN)/ruff check $(CHECKED)

@@ -37,7 +37,7 @@ class Muon(torch.optim.Optimizer):
         matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name and "lm_head" not in name]
         embeddings = [p for name, p in named if p.ndim == 2 and ("embed" in name or "lm_head" in name)]
         vectors = [p for _, p in named if p.ndim != 2]
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": matrices, "muon": True},
             {"params": embeddings},
             {"params": vectors, "weight_decay": 0.0},
@@ -45,7 +45,7 @@ class Muon(torch.optim.Optimizer):
         return cls(groups, lr, weight_decay)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Make one update of every parameter that has a gradient; `closure` is not supported."""
         if closure is not None:
             raise ValueError("Muon takes no closure")

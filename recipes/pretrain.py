@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
+import muon
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets, load_from_disk
-from muon import Muon
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -82,8 +82,8 @@ def build_pool(args: PretrainingArguments, seed: int, folder: Path) -> tuple[Dat
     drawn: dict[str, list[tuple[str, str]]] = {}
     for family in PRETRAINING:
         rows = iterate_rows(family.name, "pretrain", seed=seed, limit=4 * args.examples_per_family)
-        pairs = ((row["prompt"], row["completion"]) for row in rows)
-        drawn[family.name] = list(islice(pairs, args.examples_per_family))
+        kept = islice(rows, args.examples_per_family)
+        drawn[family.name] = [(row["prompt"], row["completion"]) for row in kept]
         print(f"{family.name}: {len(drawn[family.name])} examples", flush=True)
     sample = [prompt + completion for pairs in drawn.values() for prompt, completion in pairs[:5000]]
     tokenizer = build_tokenizer(sample, args.vocab_size)
@@ -166,7 +166,7 @@ def main(args: PretrainingArguments, training: SFTConfig) -> None:
         )
     )
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens, mean length {np.mean(pool['length']):.1f}")
-    optimizer = Muon.for_model(model, lr=training.learning_rate) if args.muon else None
+    optimizer = muon.Muon.for_model(model, lr=training.learning_rate) if args.muon else None
     trainer = SFTTrainer(
         model, args=training, train_dataset=data, processing_class=tokenizer, optimizers=(optimizer, None)
     )
@@ -179,4 +179,4 @@ def main(args: PretrainingArguments, training: SFTConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(*TrlParser((PretrainingArguments, SFTConfig)).parse_args_and_config())
+    main(*TrlParser([PretrainingArguments, SFTConfig]).parse_args_and_config())  # type: ignore[list-item]

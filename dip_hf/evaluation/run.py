@@ -39,7 +39,7 @@ def prepare_tasks(settings: EvaluationSettings, checkpoints: Sequence[Checkpoint
             "add one, or set trajectories=0"
         )
     with _quiet():
-        loaded = load_tasks(settings.tasks, settings.include_path)
+        loaded = load_tasks(settings.tasks, settings.include_path, settings.limit)
     if settings.families is not None:
         keep_families(loaded, settings.families)
     return loaded

@@ -16,12 +16,15 @@ from lm_eval.tasks import TaskManager
 _PREFERRED_METRICS = ("math_verify",)
 
 
-def load_tasks(names: Sequence[str], include_path: str | Path | None = None) -> dict[str, Any]:
+def load_tasks(
+    names: Sequence[str], include_path: str | Path | None = None, limit: int | None = None
+) -> dict[str, Any]:
     """Load tasks and groups with their data.
 
     Args:
         names: task or group names; patterns such as "dip_unseen_*" work.
         include_path: folder of task files besides lm-eval's own.
+        limit: number of items that will be used of each task, so that no more need be generated; None: all.
 
     Returns:
         lm-eval's `TaskDict`: "tasks" by name, "groups" by name.
@@ -34,9 +37,10 @@ def load_tasks(names: Sequence[str], include_path: str | Path | None = None) -> 
     if include_path is not None and not Path(include_path).is_dir():
         raise ValueError(f"include_path={str(include_path)!r} is no folder: give the folder that holds the task files")
     # lm-eval's own index takes some 20 seconds to read, so it is read only where something is not found in ours
-    manager = TaskManager(include_path=include_path, include_defaults=False)
+    metadata = {} if limit is None else {"items": limit}  # reaches a task's function that makes its data set
+    manager = TaskManager(include_path=include_path, include_defaults=False, metadata=metadata)
     if any(missing for name in names for missing in _missing(name, manager)):
-        manager = TaskManager(include_path=include_path)
+        manager = TaskManager(include_path=include_path, metadata=metadata)
     for name in names:
         if not fnmatch.filter(manager.all_tasks, name):
             close = difflib.get_close_matches(name, manager.all_tasks, n=3)

@@ -72,7 +72,8 @@ class DataArguments(ScriptArguments):
 class AdapterArguments(ModelConfig):
     """The model and its adapter: [`~trl.ModelConfig`]'s LoRA and quantisation fields, and DIPNet's.
 
-    `use_peft` follows from `adapter` and need not be given.
+    `use_peft` follows from `adapter` and need not be given. `lora_target_modules: []` in a file makes a DIPNet adapter of
+    noise alone.
     """
 
     adapter: str = field(

@@ -17,16 +17,14 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, Schedule
 from transformers.training_args import OptimizerNames
 
 from dip_hf.blocks import select_blocks
-from dip_hf.dipnet import DIPNetConfig, DIPNetModel
+from dip_hf.dipnet import DIPNetConfig
 from dip_hf.recipe.arguments import AdapterArguments, DataArguments
 from dip_hf.recipe.data import is_local, load_train_dataset
 from dip_hf.recipe.gsm8k import TRAIN_ROWS as GSM8K_TRAIN_ROWS
-from dip_hf.trainer import DIPSFTConfig, DIPSFTTrainer
-from dip_hf.trainer.objective import DIPNetObjective
+from dip_hf.trainer import DIPSFTConfig, optimizer_groups
 
 
 _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
-_GIB = 2**30
 
 
 def describe_run(
@@ -82,23 +80,6 @@ def build_on_meta(config: PretrainedConfig, dtype: str | None) -> PreTrainedMode
     return model.to(wanted)
 
 
-def optimizer_groups(model: nn.Module, training: DIPSFTConfig) -> list[dict[str, Any]]:
-    """Return the parameter groups that training would optimise, for a model on any device, the meta device included.
-
-    Args:
-        model: a model with its adapter, as the trainer holds it.
-        training: the trainer's config.
-    """
-    # The trainer's own method makes the groups. A whole trainer would move the model to a device, which one without
-    # weights cannot do; and SGD holds any tensors, where the run's optimiser may refuse those of the meta device.
-    trainer = object.__new__(DIPSFTTrainer)
-    trainer.model, trainer.args, trainer.optimizer = model, training, None
-    trainer.optimizer_cls_and_kwargs = (torch.optim.SGD, {"lr": training.learning_rate})
-    is_dipnet = isinstance(model, PeftModel) and isinstance(model.base_model, DIPNetModel)
-    trainer.dipnet = DIPNetObjective(model, training) if is_dipnet else None
-    return [group for group in trainer.create_optimizer().param_groups if group["params"]]
-
-
 def _model_config(adapter: AdapterArguments, architectures: Path) -> tuple[PretrainedConfig, str]:
     name = str(adapter.model_name_or_path)
     if Path(name).is_dir():
@@ -120,9 +101,7 @@ def _model_config(adapter: AdapterArguments, architectures: Path) -> tuple[Pretr
 def _weights_at_hand(adapter: AdapterArguments) -> str:
     name = str(adapter.model_name_or_path)
     if Path(name).is_dir():
-        return (
-            "in that folder" if any(Path(name).glob("*.safetensors")) else "missing: the folder has no *.safetensors"
-        )
+        return "in that folder" if any(Path(name).glob("*.safetensors")) else "missing: no *.safetensors there"
     cached = [try_to_load_from_cache(name, file, revision=adapter.model_revision) for file in _WEIGHT_FILES]
     return "in the local cache" if any(isinstance(path, str) for path in cached) else "would be downloaded"
 
@@ -133,23 +112,22 @@ def _weight_memory(model: PreTrainedModel, adapter: AdapterArguments) -> str:
     }
     bits = 4 if adapter.load_in_4bit else 8 if adapter.load_in_8bit else None
     if bits is None:
-        return f"weights {sum(sizes.values()) / _GIB:.2f} GiB in {adapter.dtype}"
+        return f"weights {_size(sum(sizes.values()))} in {adapter.dtype}"
     head = model.get_output_embeddings()
     for module in model.modules():
         # bitsandbytes leaves the head and whatever is no linear layer as it is
         if isinstance(module, nn.Linear) and module is not head:
             sizes[module.weight] = module.weight.numel() * bits // 8
     kind = adapter.bnb_4bit_quant_type if bits == 4 else "int8"
-    size = sum(sizes.values()) / _GIB
-    return f"weights about {size:.2f} GiB: linear layers in {bits} bits ({kind}), the rest in {adapter.dtype}"
+    return f"weights about {_size(sum(sizes.values()))}: linear layers in {bits} bits ({kind}), the rest in {adapter.dtype}"
 
 
 def _describe_adapter(model: nn.Module, training: DIPSFTConfig, adapter: AdapterArguments) -> Iterator[str]:
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     count = sum(p.numel() for p in trainable.values())
     # A parameter, its gradient and Adam's two moments
-    memory = sum(4 * p.numel() * p.element_size() for p in trainable.values()) / _GIB
-    yield f"adapter     {adapter.adapter}: {count:,} trainable parameters, {memory:.2f} GiB with gradients and moments"
+    memory = sum(4 * p.numel() * p.element_size() for p in trainable.values())
+    yield f"adapter     {adapter.adapter}: {count:,} trainable parameters, {_size(memory)} with gradients and moments"
     config = model.active_peft_config if isinstance(model, PeftModel) else None
     if not isinstance(config, DIPNetConfig) or config.block_names is None:
         return
@@ -205,6 +183,10 @@ def _describe_optimizer(model: nn.Module, training: DIPSFTConfig) -> Iterator[st
             f"            {size:,} parameters in {len(group['params'])} tensors, learning rate {group['lr']:g}, "
             f"weight decay {group['weight_decay']:g}"
         )
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
 
 
 def _shorten(value: Any, width: int = 160) -> str:

@@ -115,8 +115,10 @@ class DIPSFTTrainer(SFTTrainer):
     def _log_terms(self, terms: list[Term], values: dict[str, float]) -> None:
         """Check every term, then note it raw and weighted, and further values as they are, for the next log line."""
         metrics = self._metrics["train"]
-        means = self.accelerator.gather_for_metrics(torch.stack([term.value.detach().float() for term in terms]))
-        for term, mean in zip(terms, means.view(-1, len(terms)).mean(0).tolist(), strict=True):
+        # Not `gather_for_metrics`, which takes the terms for examples and cuts them to the size of a short last batch.
+        values_here = torch.stack([term.value.detach().float() for term in terms])
+        means = self.accelerator.reduce(values_here, reduction="mean")
+        for term, mean in zip(terms, means.tolist(), strict=True):
             term.check_finite(self.state.global_step)
             metrics[term.name].append(mean)
             if term.weight != 1:

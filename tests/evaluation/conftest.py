@@ -66,7 +66,5 @@ def lora_folder(base_folder: str, tmp_path_factory: pytest.TempPathFactory) -> s
 @pytest.fixture(scope="session")
 def dipnet_folder(base_folder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a DIPNet adapter with random weights, and noise at the last block only."""
-    config = DIPNetConfig(
-        r=2, target_modules="all-linear", init_lora_weights=False, noise_blocks=1, noise_scale=0.5
-    )
+    config = DIPNetConfig(r=2, target_modules="all-linear", init_lora_weights=False, noise_blocks=1, noise_scale=0.5)
     return _save_adapter(base_folder, config, tmp_path_factory.mktemp("dipnet"))

@@ -95,7 +95,7 @@ def test_generation_draws_new_noise_for_every_token(base_folder: str, dipnet_fol
     keys = []
     original = model.model.base_model.sampling
 
-    def recording(key: NoiseKey, trajectories: int = 1):  # noqa: ANN202
+    def recording(key: NoiseKey, trajectories: int = 1):
         keys.append(key)
         return original(key, trajectories=trajectories)
 

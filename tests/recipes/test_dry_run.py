@@ -15,7 +15,8 @@ from peft import get_peft_model
 from transformers import AutoConfig
 
 from dip_hf.recipe.arguments import make_parser
-from dip_hf.recipe.dry_run import build_on_meta, describe_run, optimizer_groups
+from dip_hf.recipe.dry_run import build_on_meta, describe_run
+from dip_hf.trainer import optimizer_groups
 from tests.recipes.support import ARCHITECTURES, CONFIGS, ROOT, load_sft, save_small_model
 
 

@@ -135,24 +135,6 @@ def test_activation_checkpointing(name: str, tmp_path: Path) -> None:
         assert_close(recomputed, plain)
 
 
-@every_method
-def test_dropout(name: str, tmp_path: Path) -> None:
-    """Dropout acts, and a repeated run repeats it."""
-    method = applicable(name, "dropout")
-
-    def run(rate: float) -> list[float]:
-        trainer = make_trainer(
-            tmp_path,
-            method.config(lora_dropout=rate),
-            {**method.options, "max_steps": 2},
-            base_model(attention_dropout=rate),
-        )
-        trainer.train()
-        return losses(trainer)
-
-    assert run(0.3) == run(0.3) != run(0.0)
-
-
 def trained_noise(trainer: Any) -> dict[str, torch.nn.Parameter]:
     return {key: p for key, p in trainer.model.named_parameters() if f".{NOISE_PREFIX}" in key and p.requires_grad}
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from trl import SFTTrainer
 
-import dip_hf.noise
+import dip_hf.dipnet.layer
 from dip_hf import DIPSFTConfig, DIPSFTTrainer
 from dip_hf.dipnet.layer import LogVariance
 from dip_hf.noise import NoiseKey, derive_seed, gaussian
@@ -145,15 +145,15 @@ def steady_noise(trainer: Any) -> Iterator[None]:
     all terms of the loss, those of the noise too, must come out the same for the same data.
     """
 
-    def same_for_every_token(folded: Tensor, key: Tensor, layer: int, trajectories: int) -> list[Tensor]:
-        shape = (folded.shape[0] // trajectories, *folded.shape[1:])
+    def same_for_every_token(v: Tensor, std: Tensor, key: Tensor, layer: int, trajectories: int) -> Tensor:
         seeds = [derive_seed(NoiseKey(0).tensor(), layer, j) for j in range(trajectories)]
-        return [gaussian(shape[-1:], seed, folded.device).expand(shape).clone() for seed in seeds]
+        noise = torch.stack([gaussian(std.shape, seed, v.device) for seed in seeds])
+        return v + (std * noise).repeat_interleave(v.shape[0] // trajectories, 0)[:, None]
 
     for module in trainer.model.modules():
         if isinstance(module, LogVariance):
             module.rms.fill_(0.5)
-    with mock.patch.object(dip_hf.noise, "_trajectory_noise", same_for_every_token):
+    with mock.patch.object(dip_hf.dipnet.layer, "add_noise", same_for_every_token):
         yield
 
 

@@ -1,0 +1,266 @@
+"""ICP's perturbation and teacher, by hooks on a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+
+from dip_hf.blocks import find_decoder_blocks
+from dip_hf.icp.features import (
+    Call,
+    ICPRecord,
+    Surroundings,
+    block_output,
+    evenly_spaced,
+    fit_mask,
+    hidden_states,
+    keep_outputs,
+    removed_on_exit,
+    with_hidden_states,
+)
+from dip_hf.icp.functional import (
+    compared_tokens,
+    feature_loss,
+    layer_weights,
+    perturbation_step,
+    perturbed_tokens,
+)
+from dip_hf.icp.options import ICPOptions
+
+
+class FeatureLoss(NamedTuple):
+    """ICP's term of one micro-batch.
+
+    Attributes:
+        total: sum over compared tokens, a scalar with gradient.
+        tokens: their number, a scalar. `total / tokens` is the mean.
+    """
+
+    total: Tensor
+    tokens: Tensor
+
+
+class ICPBranch:
+    """The perturbed second pass beside a training step's own.
+
+    ```python
+    with branch.clean() as record:
+        task_loss = ...  # one forward pass with gradient
+    term = branch.loss(record, inputs, task_loss)
+    ```
+
+    Nothing here writes into `.grad` or calls a wrapped model, so the reducers of DDP never hear of it. Passes under
+    a DIPNet adapter's `sampling` context see one and the same noise: open `clean` inside of it, and call `loss` before
+    it closes.
+
+    Args:
+        model: a transformers model, or a PEFT model around one; not wrapped by DDP.
+        options: what to perturb and to compare.
+        block_names: the decoder blocks' module names, in order of depth, where they are not found by themselves.
+
+    Raises:
+        ValueError: `start_block` lies outside the model.
+    """
+
+    def __init__(self, model: nn.Module, options: ICPOptions, block_names: Sequence[str] | None = None) -> None:
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.options = options
+        self.blocks = [base.get_submodule(name) for name in block_names or find_decoder_blocks(base)]
+        depth = len(self.blocks)
+        if options.start_block >= depth:
+            raise ValueError(
+                f"icp_start_block={options.start_block}: the model has {depth} blocks; give a number from 0 to "
+                f"{depth - 1}."
+            )
+        self.embedding: nn.Module = base.get_input_embeddings()
+        self.backbone: nn.Module = base.base_model
+        self.layers = evenly_spaced(options.start_block, depth, options.layers)
+        self.weights = layer_weights(len(self.layers))
+
+    @contextmanager
+    def clean(self) -> Iterator[ICPRecord]:
+        """Watch the first forward pass with gradient that runs inside, and make its input differentiable.
+
+        Input embeddings (or a block's input) that carry no gradient, as with a frozen base, become a leaf; what is
+        trained keeps its graph. Neither the pass's result nor any parameter's gradient changes.
+        """
+        record = ICPRecord(start=self._surroundings())
+        with keep_outputs(self._compared(), record.features, with_grad=True), removed_on_exit() as remove_later:
+            remove_later(self.backbone.register_forward_pre_hook(self._watch_backbone(record), with_kwargs=True))
+            remove_later(self._hook_site(self._open_site(record)))
+            if self.options.start_block > 0:
+                for index in range(self.options.start_block, len(self.blocks)):
+                    # Prepended: in front of hooks that fold and add noise, which will run again on the same arguments.
+                    hook = self._watch_block(record, index)
+                    remove_later(self.blocks[index].register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
+            yield record
+
+    def loss(
+        self,
+        record: ICPRecord,
+        inputs: Mapping[str, Any],
+        task_loss: Tensor,
+        clean_loss: Callable[[], Tensor] | None = None,
+    ) -> FeatureLoss:
+        """The feature loss between the clean pass and a pass on the perturbed input, which is the teacher.
+
+        Args:
+            record: what `clean` yielded.
+            inputs: the batch, not folded: `input_ids`, and `attention_mask`, `position_ids` and `labels` where it has
+                them.
+            task_loss: the clean pass's loss, its graph alive; of any scale.
+            clean_loss: runs a forward pass on the same batch and returns its loss; needed for more than one step.
+        """
+        return self.compare(record, inputs, self.teacher(record, self.perturb(record, inputs, task_loss, clean_loss)))
+
+    def perturb(
+        self,
+        record: ICPRecord,
+        inputs: Mapping[str, Any],
+        task_loss: Tensor,
+        clean_loss: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
+        """The perturbed input after T steps, shape and dtype of `record.site`, without gradient.
+
+        Arguments as for `loss`. The first step's gradient comes from the clean graph, which stays alive; every further
+        one from a graph of its own.
+
+        Raises:
+            RuntimeError: `record` has seen no forward pass with gradient.
+            ValueError: several steps without a `clean_loss`.
+        """
+        options = self.options
+        if options.steps > 1 and clean_loss is None:
+            raise ValueError(f"icp_steps={options.steps} needs `clean_loss`, a function that returns the loss anew.")
+        if record.site is None:
+            raise RuntimeError("ICP: no forward pass with gradient ran inside `clean`; run the task loss there.")
+        tokens = perturbed_tokens(inputs, options.positions)
+        if options.start_block > 0:
+            # Above the embeddings the first token's activations are a thousand times larger, and so would its step be.
+            tokens &= compared_tokens(inputs)
+        clean, mask = record.site.detach(), fit_mask(tokens, record.site)
+        (gradient,) = torch.autograd.grad(task_loss, record.site, retain_graph=True)
+        step, state = perturbation_step(gradient, clean, mask, options.epsilon, options.update)
+        shift = step
+        for _ in range(1, options.steps):
+            assert clean_loss is not None  # checked above
+            site = (clean + shift).to(clean.dtype).requires_grad_()
+            with removed_on_exit() as remove_later, record.start.restored_generators(), torch.enable_grad():
+                remove_later(self._hook_site(_put_once(site)))
+                (gradient,) = torch.autograd.grad(clean_loss(), site)
+            step, state = perturbation_step(gradient, clean, mask, options.epsilon, options.update, state)
+            shift = shift + step
+        return (clean + shift).to(clean.dtype)
+
+    @torch.no_grad()
+    def teacher(self, record: ICPRecord, perturbed: Tensor) -> dict[int, Tensor]:
+        """Block outputs on the perturbed input, by block index; same dropout and noise as in the clean pass.
+
+        Args:
+            record: what `clean` yielded.
+            perturbed: shape and dtype of `record.site`.
+
+        Raises:
+            RuntimeError: the second pass differs in shape from the first.
+        """
+        assert record.rerun is not None  # set together with `record.site`
+        features: dict[int, Tensor] = {}
+        with keep_outputs(self._compared(), features, with_grad=False), record.rerun.restored():
+            if self.options.start_block > 0:
+                states = perturbed
+                for index, call in record.calls.items():
+                    args, kwargs = with_hidden_states(call, states)
+                    states = block_output(self.blocks[index](*args, **kwargs))
+            else:
+                assert record.backbone is not None  # the backbone embeds
+                with removed_on_exit() as remove_later:
+                    remove_later(self._hook_site(_put_once(perturbed)))
+                    self.backbone(*record.backbone.args, **record.backbone.kwargs)
+        shapes = [(record.features[index].shape, features[index].shape) for index in self.layers]
+        if any(student != teacher for student, teacher in shapes):
+            raise RuntimeError(
+                f"ICP: (clean, perturbed) block outputs have shapes {shapes}; open `clean` inside the adapter's "
+                "`sampling` context and call `loss` before that closes."
+            )
+        return features
+
+    def compare(self, record: ICPRecord, inputs: Mapping[str, Any], teacher: Mapping[int, Tensor]) -> FeatureLoss:
+        """The feature loss, see `dip_hf.icp.functional.feature_loss`; `teacher` as returned by `teacher`."""
+        student = [record.features[index] for index in self.layers]
+        mask = compared_tokens(inputs)
+        mask = F.pad(mask, (student[0].shape[1] - mask.shape[1], 0))  # tokens in front, from a prompt-learning adapter
+        return FeatureLoss(*feature_loss(student, [teacher[index] for index in self.layers], self.weights, mask))
+
+    def _compared(self) -> dict[int, nn.Module]:
+        return {index: self.blocks[index] for index in self.layers}
+
+    def _surroundings(self) -> Surroundings:
+        # Asked anew each time, since a trainer moves the model after construction.
+        return Surroundings.now({next(block.parameters()).device for block in self.blocks})
+
+    def _hook_site(self, replace: Callable[[Tensor], Tensor]) -> RemovableHandle:
+        """Replace the embeddings' output, or the start block's input, by a function of it."""
+        if self.options.start_block == 0:
+            return self.embedding.register_forward_hook(lambda module, args, output: replace(output))
+
+        def hook(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+            call = Call(args, kwargs)
+            return with_hidden_states(call, replace(hidden_states(call)))
+
+        block = self.blocks[self.options.start_block]
+        return block.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
+
+    def _open_site(self, record: ICPRecord) -> Callable[[Tensor], Tensor]:
+        def open_once(states: Tensor) -> Tensor:
+            if record.site is not None or not torch.is_grad_enabled():
+                return states
+            if self.options.start_block > 0:
+                record.rerun = self._surroundings()
+            record.site = states if states.requires_grad else states.detach().requires_grad_()
+            return record.site
+
+        return open_once
+
+    def _watch_backbone(self, record: ICPRecord) -> Callable[[nn.Module, tuple, dict[str, Any]], None]:
+        def watch(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            if record.backbone is not None or not torch.is_grad_enabled():
+                return
+            if kwargs.get("past_key_values") is not None:
+                raise ValueError(
+                    "icp_weight: ICP runs the blocks twice, and cannot with past_key_values, which a prefix-tuning "
+                    "adapter passes; use an adapter without a cache, such as LoRA, or set icp_weight to 0."
+                )
+            if self.options.start_block == 0:
+                if kwargs.get("inputs_embeds") is not None:
+                    raise ValueError(
+                        "icp_start_block=0 perturbs what the model makes of input_ids, but it is given inputs_embeds "
+                        "(a prompt-learning adapter does that); set icp_start_block to 1 or more."
+                    )
+                record.rerun = self._surroundings()
+            record.backbone = Call(args, kwargs)
+
+        return watch
+
+    def _watch_block(self, record: ICPRecord, index: int) -> Callable[[nn.Module, tuple, dict[str, Any]], None]:
+        def watch(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            if index in record.calls or not torch.is_grad_enabled():
+                return
+            # A cache, which a plain transformers call makes by default, would be filled a second time.
+            uncached = {"past_key_values": None, "use_cache": False}
+            kwargs = {name: uncached.get(name, value) for name, value in kwargs.items()}
+            record.calls[index] = with_hidden_states(Call(args, kwargs), None)
+
+        return watch
+
+
+def _put_once(replacement: Tensor) -> Callable[[Tensor], Tensor]:
+    """A function that returns `replacement` at its first call, and its argument ever after."""
+    pending = [replacement]
+    return lambda states: pending.pop() if pending else states

@@ -1,0 +1,53 @@
+"""Numeric answers in worked solutions."""
+
+from __future__ import annotations
+
+import pytest
+
+from dip_hf.evaluation.answers import score_math_answer
+
+
+@pytest.mark.parametrize(
+    ("generated", "target"),
+    [
+        (" 3 + 15 = 18.\nThe answer is 18", "18"),
+        ("So the answer is 18.", "18"),
+        ("The answer is: 18", "18"),
+        ("The answer is $18.", "18"),
+        (r"The answer is \$18", "18"),
+        ("The answer is 18 dollars.", "18"),
+        ("The answer is 18.00", "18"),
+        (r"The answer is $\boxed{18}$.", "18"),
+        ("The answer is 1,250", "1250"),
+        ("The answer is 1250", "1,250"),
+        ("The answer is 1/2", "0.5"),
+        ("The answer is -3", "-3"),
+        ("The answer is 17. No: the answer is 18", "18"),
+        ("The answer is 18\nQuestion 2 of 5", "18"),
+        ("48/2 = <<48/2=24>>24", "24"),  # no cue: all of it is looked through
+        (r"We get \boxed{18}.", "18"),
+    ],
+)
+def test_right_answers_score(generated: str, target: str) -> None:
+    assert score_math_answer(generated, target) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("generated", "target"),
+    [
+        ("The answer is 17", "18"),
+        ("The answer is 3", "-3"),
+        ("18 is what I get. The answer is 19", "18"),
+        ("The answer is unknown\n18", "18"),
+        ("The answer is 1.250", "1250"),
+        ("no number", "18"),
+        ("", "18"),
+    ],
+)
+def test_wrong_answers_do_not(generated: str, target: str) -> None:
+    assert score_math_answer(generated, target) == 0.0
+
+
+def test_a_target_without_a_number_is_refused() -> None:
+    with pytest.raises(ValueError, match="holds no mathematical expression"):
+        score_math_answer("The answer is 18", "")

@@ -1,0 +1,117 @@
+"""From checkpoints to a report: the library, recipes/evaluate.py, and the stock lm_eval command."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from dip_hf.evaluation.checkpoints import Checkpoint
+from dip_hf.evaluation.results import CheckpointScores, EvaluationSettings
+from dip_hf.evaluation.run import evaluate_checkpoints, prepare_tasks
+
+
+ROOT = Path(__file__).parents[2]
+TASKS = ("dip_unseen_products", "dip_pretraining_gcd")
+
+
+def settings_for(base: str, **changes: object) -> EvaluationSettings:
+    options = {"tasks": TASKS, "include_path": str(ROOT / "evals"), "limit": 4, "batch_size": 8, "device": "cpu"}
+    return EvaluationSettings(model=base, **{**options, **changes})  # type: ignore[arg-type]
+
+
+def evaluate(settings: EvaluationSettings, checkpoints: list[Checkpoint]) -> list[CheckpointScores]:
+    return evaluate_checkpoints(settings, checkpoints, prepare_tasks(settings, checkpoints))
+
+
+@pytest.fixture(scope="module")
+def recipe() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("recipes_evaluate", ROOT / "recipes" / "evaluate.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_checkpoints_are_scored_on_the_same_items(
+    base_folder: str, lora_folder: str, dipnet_folder: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = [Checkpoint("base"), Checkpoint("lora", lora_folder), Checkpoint("dipnet", dipnet_folder)]
+    results = evaluate(settings_for(base_folder, trajectories=2), checkpoints)
+    assert [result.kind for result in results] == ["base", "LORA", "DIPNET"]
+    assert [result.trajectories for result in results] == [0, 0, 2]
+    for result in results:
+        assert [task.task for task in result.tasks] == list(TASKS)
+        assert [task.items for task in result.tasks] == [task.items for task in results[0].tasks]
+        assert all(len(task.scores) == len(set(task.items)) == 4 for task in result.tasks)
+    output = capfd.readouterr()
+    assert "[2/3] lora: LORA" in output.out
+    assert "Running generate_until requests" in output.err
+
+
+def test_the_recipe_prints_the_table_and_writes_the_report(
+    recipe: ModuleType, base_folder: str, lora_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "evaluation.yaml"
+    config.write_text(f"model: {base_folder}\ntasks: [dip_unseen_products]\nlimit: 50\nbatch_size: 8\n")
+    arguments = ["--config", str(config), "--limit", "2", "--checkpoints", "base", f"lora={lora_folder}"]
+    recipe.main([*arguments, "--output_dir", str(tmp_path / "out"), "--device", "cpu"])
+    assert "dip_unseen_products" in capsys.readouterr().out
+    content = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert content["task_sets"][0]["items"] == 2
+    assert [checkpoint["name"] for checkpoint in content["checkpoints"]] == ["base", "lora"]
+    assert (tmp_path / "out" / "report.md").is_file()
+    assert (tmp_path / "out" / "report.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--limit", "0"], "limit=0 must be at least 1"),
+        (["--batch_size", "0"], "batch_size=0 must be at least 1"),
+        (["--trajectories", "-1"], "trajectories=-1 must be 0"),
+        (["--trajectories", "4"], "trajectories=4 needs a checkpoint with a DIPNet adapter, got base"),
+        (["--checkpoints", "lora=nowhere"], "checkpoints: lora='nowhere' does not exist"),
+        (["--checkpoints", "a", "a"], "'a' is given twice"),
+        (["--include_path", "nowhere"], "include_path='nowhere' is no folder"),
+        (["--families", "gcd"], "families: 'gcd' is no fine-tuning family"),
+        (["--chekpoints", "base"], "--chekpoints"),
+    ],
+)
+def test_bad_input_ends_the_recipe_before_a_model_is_loaded(
+    recipe: ModuleType, base_folder: str, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a model is loaded")
+
+    monkeypatch.setattr(recipe, "evaluate_checkpoints", refuse)
+    with pytest.raises(SystemExit) as stop:
+        recipe.main(["--model", base_folder, "--tasks", "dip_unseen_products", *arguments])
+    assert message in str(stop.value)
+
+
+def test_an_unknown_key_of_a_config_file_is_refused(recipe: ModuleType, base_folder: str, tmp_path: Path) -> None:
+    config = tmp_path / "evaluation.yaml"
+    config.write_text(f"model: {base_folder}\ntask: [dip_unseen_products]\n")
+    with pytest.raises(SystemExit) as stop:
+        recipe.main(["--config", str(config)])
+    assert "task" in str(stop.value)
+
+
+def test_the_stock_command_runs_hf_dip(base_folder: str, dipnet_folder: str, tmp_path: Path) -> None:
+    """With evals/register.yaml the stock command knows the model and the adapter; nothing else imports dip_hf."""
+    arguments = f"pretrained={base_folder},peft={dipnet_folder},trajectories=2"
+    tasks = "evals/register.yaml,dip_unseen_products"
+    command = [sys.executable, "-m", "lm_eval", "--model", "hf-dip", "--model_args", arguments, "--tasks", tasks]
+    command += ["--include_path", "evals", "--limit", "2", "--batch_size", "2", "--device", "cpu"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert "|dip_unseen_products|" in finished.stdout.replace(" ", "")

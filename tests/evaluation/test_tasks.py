@@ -1,0 +1,129 @@
+"""The task files under evals/, as lm-eval reads them."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import lm_eval.tasks
+import pytest
+from lm_eval.tasks import TaskManager
+
+from dip_hf.evaluation.tasks import item_scores, keep_families, load_tasks, task_sets
+from dip_hf.reasoning import FINETUNING, PRETRAINING, UNSEEN
+
+
+EVALS = Path(__file__).parents[2] / "evals"
+
+
+def module_of(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"evals_{path.parent.name}_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, Any]:
+    return load_tasks(["dip_reasoning", "dip_reasoning_pretraining"], EVALS, limit=3)
+
+
+def test_there_is_a_task_for_every_family_and_level(loaded: dict[str, Any]) -> None:
+    names = [f"dip_{level}_{family.name}" for level in ("standard", "harder") for family in FINETUNING]
+    names += [f"dip_unseen_{family.name}" for family in UNSEEN]
+    names += [f"dip_pretraining_{family.name}" for family in PRETRAINING]
+    assert sorted(loaded["tasks"]) == sorted(names)
+
+
+def test_the_task_files_are_what_the_families_give(tmp_path: Path) -> None:
+    module_of(EVALS / "reasoning" / "generate.py").write_tasks(tmp_path)
+    written = {path.relative_to(tmp_path): path.read_text() for path in tmp_path.glob("*/*.yaml")}
+    there = {
+        path.relative_to(EVALS / "reasoning"): path.read_text() for path in (EVALS / "reasoning").glob("*/*.yaml")
+    }
+    assert there == written, "run `python evals/reasoning/generate.py`"
+
+
+def test_every_right_answer_scores_and_survives_the_stop_sequence(loaded: dict[str, Any]) -> None:
+    for name, task in loaded["tasks"].items():
+        for doc in task.test_docs():
+            assert task.doc_to_text(doc) == doc["prompt"]
+            assert task.process_results(doc, [doc["completion"]]) == {"exact_match": 1.0}, name
+            assert task.process_results(doc, [""]) == {"exact_match": 0.0}, name
+            assert not any(stop in doc["completion"] for stop in task.config.generation_kwargs["until"]), name
+
+
+def test_generation_is_greedy_and_zero_shot(loaded: dict[str, Any]) -> None:
+    for task in loaded["tasks"].values():
+        assert task.config.generation_kwargs["do_sample"] is False
+        assert task.config.num_fewshot == 0
+
+
+def test_tasks_are_averaged_in_their_innermost_group(loaded: dict[str, Any]) -> None:
+    sets = task_sets(loaded)
+    assert set(sets.values()) == {f"dip_reasoning_{name}" for name in ("standard", "harder", "unseen", "pretraining")}
+    assert sets[f"dip_harder_{FINETUNING[0].name}"] == "dip_reasoning_harder"
+    assert task_sets(load_tasks([f"dip_unseen_{UNSEEN[0].name}"], EVALS, limit=2)) == {
+        f"dip_unseen_{UNSEEN[0].name}": f"dip_unseen_{UNSEEN[0].name}"
+    }
+
+
+def test_families_leave_the_other_shifts_alone() -> None:
+    family = FINETUNING[0].name
+    loaded = load_tasks(["dip_reasoning"], EVALS, limit=2)
+    keep_families(loaded, [family])
+    names = [f"dip_standard_{family}", f"dip_harder_{family}", *(f"dip_unseen_{other.name}" for other in UNSEEN)]
+    assert sorted(loaded["tasks"]) == sorted(names)
+    assert {task.task_name for group in loaded["groups"].values() for task in group.get_all_tasks()} == set(names)
+
+
+def test_families_that_are_none_are_refused(loaded: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"families: 'gcd' is no fine-tuning family; known: "):
+        keep_families(loaded, ["gcd"])
+
+
+def test_bad_task_names_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="tasks is empty"):
+        load_tasks([], EVALS)
+    with pytest.raises(ValueError, match="include_path='.*nowhere' is no folder"):
+        load_tasks(["dip_reasoning"], tmp_path / "nowhere")
+    # Without lm-eval's own index, which takes long to read
+    original = TaskManager.__init__
+    monkeypatch.setattr(
+        TaskManager, "__init__", lambda self, **options: original(self, **{**options, "include_defaults": False})
+    )
+    with pytest.raises(ValueError, match=r"tasks: 'dip_reasonning' is neither .* did you mean dip_reasoning"):
+        load_tasks(["dip_reasonning"], EVALS)
+
+
+def test_the_standard_group_names_tasks_that_lm_eval_has() -> None:
+    own = Path(lm_eval.tasks.__file__).parent
+    folders = ["gsm_plus", "minerva_math", "arc", "bbh", "mmlu_pro", "leaderboard/musr"]
+    manager = TaskManager(include_path=[EVALS, *(own / folder for folder in folders)], include_defaults=False)
+    members = manager.task_index["dip_standard"].cfg["task"]
+    assert {"dip_gsm8k", "minerva_math500", "arc_challenge", "bbh", "mmlu_pro"} <= set(members)
+    assert set(members) <= set(manager.all_tasks)
+
+
+def test_gsm8k_prompts_as_in_training_and_scores_with_math_verify() -> None:
+    utils = module_of(EVALS / "standard" / "utils.py")
+    doc = {"question": "How many? ", "answer": "3 + 15 = <<3+15=18>>18 and more\n#### 1,018"}
+    assert utils.doc_to_text(doc) == "Q: How many?\nA: Let's think step by step."
+    assert utils.doc_to_target(doc) == "1,018"
+    assert utils.process_results(doc, [" ... The answer is 1018."]) == {"math_verify": 1.0}
+    assert utils.process_results(doc, [" ... The answer is 18."]) == {"math_verify": 0.0}
+
+
+def test_item_scores_prefer_math_verify_and_the_last_filter() -> None:
+    def sample(doc_id: int, kind: str, **scores: float) -> dict[str, Any]:
+        return {"doc_id": doc_id, "filter": kind, "metrics": list(scores), **scores}
+
+    both = [sample(1, "none", exact_match=0.0, math_verify=1.0), sample(0, "none", exact_match=0.0, math_verify=0.0)]
+    assert item_scores(both) == ("math_verify", [0.0, 1.0])
+    filters = [sample(0, kind, exact_match=value) for kind, value in (("strict", 0.0), ("flexible", 1.0))]
+    assert item_scores(filters) == ("exact_match (flexible)", [1.0])
+    with pytest.raises(ValueError, match="'perplexity' is not a number per item"):
+        item_scores([{"doc_id": 0, "filter": "none", "metrics": ["perplexity"], "perplexity": (1.0, 2)}])

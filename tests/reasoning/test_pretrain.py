@@ -1,0 +1,140 @@
+"""The pretraining recipe: tokenizer, order of examples, optimizer, configuration, and the model it made."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, TrlParser
+
+
+pytest.importorskip("reasoning_gym")
+
+from dip_hf.reasoning import ANSWER_CUE, FAMILIES, PRETRAINING, make_split, score_answer
+
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+BASE = RECIPES / "base_model"
+
+
+@pytest.fixture(scope="module")
+def recipe() -> ModuleType:
+    """recipes/pretrain.py, which finds its neighbour muon.py as a script does."""
+    sys.path.insert(0, str(RECIPES))
+    try:
+        import pretrain
+    finally:
+        sys.path.remove(str(RECIPES))
+    return pretrain
+
+
+def test_tokenizer_keeps_characters_apart_and_gives_back_the_text(recipe: ModuleType) -> None:
+    rows = [row for family in PRETRAINING for row in make_split(family.name, "train", 60)]
+    tokenizer = recipe.build_tokenizer([row["prompt"] + row["completion"] for row in rows], 400)
+    assert tokenizer.tokenize("Spell backward: word42" + ANSWER_CUE) == ["Spell backward: ", *"word42", ANSWER_CUE]
+    for row in rows:
+        ids = tokenizer(row["prompt"] + row["completion"])["input_ids"]
+        # Completion-only training needs the prompt's tokens to be a prefix of the whole's.
+        assert ids[: len(tokenizer(row["prompt"])["input_ids"])] == tokenizer(row["prompt"])["input_ids"]
+        assert tokenizer.decode(ids) == row["prompt"] + row["completion"]
+    assert len(tokenizer) <= 400
+
+
+def test_batches_are_sorted_weighted_and_stable_under_more_steps(recipe: ModuleType) -> None:
+    names = [family.name for family in PRETRAINING]
+    lengths = np.random.default_rng(0).integers(5, 40, size=60 * len(names))
+    pool = Dataset.from_dict(
+        {
+            "input_ids": [[index] * int(length) for index, length in enumerate(lengths)],
+            "labels": [[0]] * len(lengths),
+            "family": np.repeat(names, 60),
+            "length": lengths,
+        }
+    )
+    weights = {names[0]: 3.0, names[1]: 0.0}
+    short, long = (recipe.order_examples(pool, weights, steps, 16, seed=1)["input_ids"] for steps in (20, 40))
+    short, long = list(short), list(long)
+    assert short == long[: 20 * 16]
+    for start in range(0, len(short), 16):
+        sizes = [len(ids) for ids in short[start : start + 16]]
+        assert sizes == sorted(sizes)
+    counts = np.bincount([ids[0] // 60 for ids in long], minlength=len(names))
+    assert counts[1] == 0
+    assert counts[0] > 2 * counts[2:].mean()
+
+
+def test_orthogonalize_brings_singular_values_near_one(recipe: ModuleType) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((8, 8), (8, 24), (24, 8)):
+        values = torch.linalg.svdvals(recipe.muon.orthogonalize(torch.randn(shape, generator=generator)))
+        assert values.min() > 0.3 and values.max() < 1.3
+
+
+def test_optimizer_groups_every_parameter_once_and_learns(recipe: ModuleType) -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"embed": nn.Embedding(4, 8), "layer": nn.Linear(8, 4)})
+    optimizer = recipe.muon.Muon.for_model(model, lr=0.02)
+    grouped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    assert {id(p) for p in grouped} == {id(p) for p in model.parameters()} and len(grouped) == 3
+    assert [group["muon"] for group in optimizer.param_groups] == [True, False, False]
+    losses = []
+    for _ in range(60):
+        loss = nn.functional.cross_entropy(model["layer"](model["embed"](torch.arange(4))), torch.arange(4))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.1 * losses[0]
+
+
+def test_optimizer_goes_on_exactly_after_its_state_is_restored(recipe: ModuleType) -> None:
+    torch.manual_seed(0)
+    model, other = nn.Linear(4, 4), nn.Linear(4, 4)
+    optimizer, restored = (recipe.muon.Muon.for_model(m, lr=0.01) for m in (model, other))
+    inputs = torch.randn(3, 4)
+
+    def step(m: nn.Module, o: torch.optim.Optimizer) -> None:
+        o.zero_grad()
+        m(inputs).square().sum().backward()
+        o.step()
+
+    step(model, optimizer)
+    other.load_state_dict(model.state_dict())
+    restored.load_state_dict(optimizer.state_dict())
+    step(model, optimizer)
+    step(other, restored)
+    assert torch.equal(model.weight, other.weight) and torch.equal(model.bias, other.bias)
+
+
+def test_config_parses_and_the_command_line_wins(recipe: ModuleType, tmp_path: Path) -> None:
+    path = RECIPES / "configs" / "pretrain.yaml"
+    assert set(yaml.safe_load(path.read_text())["weights"]) <= {family.name for family in PRETRAINING}
+    parser = TrlParser([recipe.PretrainingArguments, SFTConfig])
+    options = ["--config", str(path), "--max_steps", "7", "--output_dir", str(tmp_path)]
+    arguments, training = parser.parse_args_and_config(options)
+    assert training.max_steps == 7 and training.output_dir == str(tmp_path)
+    assert arguments.hidden_size == 192 and not training.bf16
+
+
+def test_base_model_loads_and_answers(recipe: ModuleType) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    assert model.num_parameters() <= 6_000_000
+    assert (BASE / "model.safetensors").stat().st_size <= 12 * 2**20
+    for name in FAMILIES:
+        row = make_split(name, "test", 1)[0]
+        assert len(tokenizer.tokenize(row["prompt"])) < len(row["prompt"])  # the instruction is one token
+    rows = make_split("spell_backward", "test", 20)
+    inputs = tokenizer(list(rows["prompt"]), return_tensors="pt", padding=True)
+    output = model.generate(**inputs, max_new_tokens=16, do_sample=False)
+    answers = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    scores = [score_answer("spell_backward", answer, row) for answer, row in zip(answers, rows, strict=True)]
+    assert scores.count(1.0) >= 14

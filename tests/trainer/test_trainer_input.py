@@ -1,0 +1,143 @@
+"""Bad input: an error before training starts, which names the field, its value and the remedy."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from dip_hf import DIPNetConfig, DIPSFTConfig
+from dip_hf.trainer.checks import check_noise_setup
+from tests.trainer.tiny import ADAPTER, make_trainer, tokenised
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_trajectories": 0}, "num_trajectories=0 must be at least 1"),
+        ({"num_trajectories": -2}, "num_trajectories=-2 must be at least 1"),
+        ({"stability_weight": 0.1}, "stability_weight=0.1 .* num_trajectories=1; set num_trajectories to 2"),
+        ({"stability_weight": -0.1, "num_trajectories": 2}, "stability_weight=-0.1 must not be negative; 0 turns"),
+        ({"variance_weight": 0.0}, "variance_weight=0.0 must be positive.*learn_noise=False"),
+        ({"variance_weight": float("nan")}, "variance_weight=nan must be positive.*learn_noise=False"),
+        ({"log_variance_weight": -1.0}, "log_variance_weight=-1.0 must be positive.*learn_noise=False"),
+        ({"penalty_reduction": "max"}, "penalty_reduction='max' must be one of mean, sum"),
+        ({"penalty_unit": "metre"}, "penalty_unit='metre' must be one of relative, absolute"),
+        ({"noise_learning_rate": 0.0}, "noise_learning_rate=0.0 must be positive.*learn_noise=False"),
+    ],
+    ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
+)
+def test_arguments(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        DIPSFTConfig(output_dir=str(tmp_path), use_cpu=True, **options)
+
+
+def test_unknown_argument(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="num_trajectory"):
+        DIPSFTConfig(output_dir=str(tmp_path), num_trajectory=2)
+
+
+GOOD = {"input_ids": [3, 4, 5], "labels": [-100, 4, 5]}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "train_dataset is empty; give at least one example"),
+        ([GOOD, {"input_ids": [3, 4], "labels": [-100, -100]}], "train_dataset row 1: .*'labels' is -100.*drop it"),
+        ([{"input_ids": [3, 4], "labels": [3, -100]}], "train_dataset row 0: .*'labels'.*drop it"),  # no prediction
+        ([{"input_ids": [3, 4], "completion_mask": [0, 0]}], "train_dataset row 0: .*'completion_mask' is 0.*drop it"),
+        ([{"input_ids": [3, 4], "assistant_masks": [0, 0]}], "train_dataset row 0: .*'assistant_masks' is 0.*drop it"),
+    ],
+)
+def test_pretokenised_data(rows: list[dict[str, list[int]]], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, None, data=Dataset.from_list(rows))
+
+
+def test_empty_text_data(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="train_dataset is empty; give at least one example"):
+        make_trainer(tmp_path, None, data=Dataset.from_dict({"prompt": [], "completion": []}))
+
+
+@pytest.mark.parametrize("is_text", [True, False])
+def test_labels_cut_off(is_text: bool, tmp_path: Path) -> None:
+    """A row whose labels all lie beyond max_length is named, not silently dropped."""
+    rows = [{"prompt": "a", "completion": "bcd"}, {"prompt": "abcdefgh", "completion": "i"}]
+    if not is_text:
+        rows = [GOOD, {"input_ids": [3] * 9, "labels": [-100] * 8 + [3]}]
+    with pytest.raises(ValueError, match=r"max_length=6 cuts every label off 1 of 2 rows of train_dataset; raise"):
+        make_trainer(tmp_path, None, {"max_length": 6}, data=Dataset.from_list(rows))
+
+
+def test_adapter_on_head(tmp_path: Path) -> None:
+    """TRL's own error: its fused head would never train the adapter."""
+    with pytest.raises(ValueError, match=r"`lm_head` is not supported.*Remove `'lm_head'` from your `target_modules`"):
+        make_trainer(tmp_path, DIPNetConfig(**{**ADAPTER, "target_modules": ["q_proj", "lm_head"]}))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"noise_blocks": 4}, "noise_blocks=4: the model has 3 blocks; give a number from 1 to 3"),
+        ({"noise_blocks": [3]}, r"noise_blocks=\[3\]: the model has 3 blocks"),
+        ({"noise_blocks": "decoder.*"}, "noise_blocks='decoder.*' matches no block; the blocks are"),
+        ({"block_names": ["model.blocks.0"]}, r"block_names: \['model.blocks.0'\] are no modules.*correct the names"),
+    ],
+)
+def test_blocks(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, DIPNetConfig(**ADAPTER, **options))
+
+
+def router_model() -> MixtralForCausalLM:
+    return MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=48,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            num_local_experts=2,
+            eos_token_id=1,
+            pad_token_id=0,
+        )
+    )
+
+
+def test_router_loss(tmp_path: Path) -> None:
+    """Folded trajectories and a router loss exclude each other; either alone trains."""
+    adapter = DIPNetConfig(**{**ADAPTER, "target_modules": ["q_proj"]})
+    with pytest.raises(ValueError, match=r"num_trajectories=2 does not work with a router loss.*router_aux_loss_coef"):
+        make_trainer(tmp_path, adapter, {"num_trajectories": 2}, router_model())
+    make_trainer(tmp_path, adapter, {"num_trajectories": 2, "router_aux_loss_coef": 0.0}, router_model()).train()
+    make_trainer(tmp_path, adapter, {}, router_model()).train()
+
+
+def test_fsdp_activation_checkpointing(tmp_path: Path) -> None:
+    """accelerate's own activation checkpointing is refused. The plugin is a stand-in: FSDP needs an accelerator."""
+    trainer = make_trainer(tmp_path, DIPNetConfig(**ADAPTER))
+    plugin = SimpleNamespace(activation_checkpointing=True)
+    stand_in = SimpleNamespace(
+        is_fsdp_enabled=True, accelerator=SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
+    )
+    with pytest.raises(ValueError, match="fsdp_activation_checkpointing=True .*activation_checkpointing=True in the"):
+        check_noise_setup(stand_in, trainer.args)
+
+
+def test_flex_attention(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, DIPNetConfig(**ADAPTER), {"num_trajectories": 2})
+    trainer.model.config._attn_implementation = "flex_attention"
+    with pytest.raises(ValueError, match=re.escape("attn_implementation='flex_attention'")):
+        check_noise_setup(trainer, trainer.args)
+
+
+def test_nothing_wrong(tmp_path: Path) -> None:
+    """The same set-up without any of the faults."""
+    make_trainer(tmp_path, DIPNetConfig(**ADAPTER), {"num_trajectories": 2, "stability_weight": 0.1}, data=tokenised())

@@ -1,0 +1,47 @@
+"""Two ranks (gloo, launched by torchrun) against one: the same gradient, and noise of each rank's own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.trainer import two_ranks
+from tests.trainer.test_every_method import METHODS, applicable, every_method
+from tests.trainer.tiny import assert_close, gradients
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Each rank's results for every method."""
+    folder = tmp_path_factory.mktemp("ranks")
+    root = Path(two_ranks.__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run = subprocess.run(
+        [*launch, two_ranks.__file__, str(folder)], env=environment, cwd=folder, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    return [torch.load(folder / f"rank_{rank}.pt") for rank in range(2)]
+
+
+@every_method
+def test_same_gradient(name: str, ranks: list[dict[str, Any]], tmp_path: Path) -> None:
+    """Two ranks with 1 and 2 micro-batches of unequal token counts give one rank's gradient and logged loss."""
+    method = applicable(name, "ranks")
+    expected = gradients(tmp_path, method.config(), method.options)
+    for found in ranks[0][name]["gradients"]:
+        assert_close(found, expected)
+
+
+@every_method
+def test_own_noise(name: str, ranks: list[dict[str, Any]]) -> None:
+    """On the same data, ranks see the same block inputs without noise, and different ones with it."""
+    applicable(name, "ranks")
+    first, second = (rank[name]["noised"] for rank in ranks)
+    assert torch.equal(first, second) == METHODS[name].off

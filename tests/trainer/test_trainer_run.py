@@ -1,0 +1,139 @@
+"""Runs of the trainer: labels, a loss that is not finite, checkpoints and their card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftConfig, PeftModel
+from transformers import TrainerCallback
+from trl import SFTConfig
+
+from dip_hf import DIPNetConfig, DIPSFTConfig, DIPSFTTrainer
+from tests.trainer.tiny import ADAPTER, assert_close, base_model, gradients, losses, make_trainer, tokenised, tokenizer
+
+
+def labelled(*turns: list[tuple[str, bool]]) -> Dataset:
+    """Rows from pieces of text, each labelled or not, tokenised one character at a time."""
+    rows = []
+    for pieces in turns:
+        row: dict[str, list[int]] = {"input_ids": [], "labels": []}
+        for text, is_label in pieces:
+            ids = tokenizer()(text)["input_ids"]
+            row["input_ids"] += ids
+            row["labels"] += ids if is_label else [-100] * len(ids)
+        rows.append(row)
+    return Dataset.from_list(rows)
+
+
+def test_completion_only(tmp_path: Path) -> None:
+    """Two trajectories over prompts and completions train the completions' tokens and no others."""
+    pairs = [("1+1=", "2"), ("12+3=", "15"), ("99+1=", "100")]
+    text = Dataset.from_list([{"prompt": prompt, "completion": completion} for prompt, completion in pairs])
+    by_hand = labelled(*([(prompt, False), (completion + "<eos>", True)] for prompt, completion in pairs))
+    options = {"num_trajectories": 2, "per_device_train_batch_size": 3, "stability_weight": 0.01}
+    adapter = DIPNetConfig(**ADAPTER)
+    found = gradients(tmp_path, adapter, {**options, "completion_only_loss": True}, data=text)
+    assert_close(found, gradients(tmp_path, adapter, options, data=by_hand))
+
+
+def test_assistant_only(tmp_path: Path) -> None:
+    """Two trajectories over conversations train the assistant's tokens, of every turn, and no others."""
+    chats = [[("user", "1+1"), ("assistant", "2"), ("user", "and 3+3"), ("assistant", "6")]]
+    chats += [[("user", "hello"), ("assistant", "what")]]
+    text = Dataset.from_list(
+        [{"messages": [{"role": role, "content": content} for role, content in chat]} for chat in chats]
+    )
+    by_hand = labelled(
+        *(
+            [
+                piece
+                for role, content in chat
+                for piece in (
+                    [("a?", False), (content + "<eos>", True)] if role == "assistant" else [("u?" + content, False)]
+                )
+            ]
+            for chat in chats
+        )
+    )
+    options = {"num_trajectories": 2, "per_device_train_batch_size": 2}
+    adapter = DIPNetConfig(**ADAPTER)
+    found = gradients(tmp_path, adapter, {**options, "assistant_only_loss": True}, data=text)
+    assert_close(found, gradients(tmp_path, adapter, options, data=by_hand))
+
+
+class Damage(TrainerCallback):
+    """Sets one kind of parameter to a value at the start of the third step, as a diverging run would."""
+
+    def __init__(self, parameter: str, value: float) -> None:
+        self.parameter, self.value = parameter, value
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            for name, parameter in model.named_parameters():
+                if self.parameter in name:
+                    parameter.data.fill_(self.value)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "parameter", "value", "term"),
+    [
+        (LoraConfig(**ADAPTER), "lora_A", float("nan"), "task"),
+        (DIPNetConfig(**ADAPTER), "lora_A", float("nan"), "task"),
+        (DIPNetConfig(**ADAPTER), "lora_dip", float("-inf"), "dipnet/penalty"),  # λ = 0: the task loss is fine
+    ],
+    ids=["lora", "task", "penalty"],
+)
+def test_not_finite(adapter: PeftConfig, parameter: str, value: float, term: str, tmp_path: Path) -> None:
+    """The run stops with step and term named, before the optimiser step, and goes on from the last checkpoint."""
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(tmp_path, adapter, options, callbacks=[Damage(parameter, value)])
+    with pytest.raises(FloatingPointError, match=f"Step 2: the term '{term}' is"):
+        trainer.train()
+    assert len(trainer.kept.steps) == 2
+    assert PeftModel.from_pretrained(base_model(), str(tmp_path / "checkpoint-2"))
+    resumed = make_trainer(tmp_path, adapter, options)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4 and torch.isfinite(torch.tensor(losses(resumed))).all()
+
+
+def test_short_last_batch(tmp_path: Path) -> None:
+    """A last batch with fewer rows than the loss has terms is an ordinary batch."""
+    options = {"num_trajectories": 2, "stability_weight": 0.1, "max_steps": 3, "per_device_train_batch_size": 4}
+    trainer = make_trainer(tmp_path, DIPNetConfig(**ADAPTER), options, data=tokenised(9))
+    trainer.train()
+    assert len(losses(trainer)) == 3
+
+
+def test_card(tmp_path: Path) -> None:
+    """The card that goes with a checkpoint names the method, and nothing of the machine that trained it."""
+    folder = tmp_path / "tiny-dip"
+    trainer = make_trainer(folder, DIPNetConfig(**ADAPTER), {"save_strategy": "steps", "save_steps": 1})
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "# Model Card for tiny-dip" in card and "DIP-SFT" in card
+    assert all(f"- {tag}\n" in card for tag in ("trl", "sft", "dip_hf"))
+    assert str(tmp_path) not in card and "/home" not in card
+    assert (tmp_path / "saved" / "adapter_model.safetensors").is_file()
+    assert (folder / "checkpoint-1" / "adapter_model.safetensors").is_file()
+
+
+def test_arguments_of_other_classes(tmp_path: Path) -> None:
+    """TRL's own SFTConfig is accepted, and so is none."""
+    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", learning_rate=3e-3)
+    trainer = DIPSFTTrainer(base_model(), args=args, train_dataset=tokenised(), processing_class=tokenizer())
+    assert isinstance(trainer.args, DIPSFTConfig) and trainer.args.learning_rate == 3e-3
+    assert trainer.args.num_trajectories == 1
+
+
+def test_model_that_already_has_the_adapter(tmp_path: Path) -> None:
+    """A PEFT model that holds a DIPNet adapter trains Eq. 4 without `peft_config`."""
+    torch.manual_seed(0)
+    model = PeftModel(base_model(), DIPNetConfig(**ADAPTER))
+    trainer = make_trainer(tmp_path, None, model=model)
+    trainer.train()
+    assert "dipnet/penalty" in trainer.state.log_history[0]

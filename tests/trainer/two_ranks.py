@@ -1,0 +1,51 @@
+"""What `test_trainer_ranks.py` launches with torchrun: every method on two ranks; results go to the folder named."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from tests.trainer.test_every_method import METHODS, Method
+from tests.trainer.tiny import gradients, make_trainer, tokenised
+
+
+def noised_input(method: Method, folder: Path) -> torch.Tensor:
+    """The input of the last block in the first step, as that block sees it, where every row is the same."""
+    rows = Dataset.from_list([tokenised()[0]] * 8)
+    options = {**method.options, "per_device_train_batch_size": 4, "ddp_backend": "gloo"}
+    trainer = make_trainer(folder, method.config(), options, data=rows)
+    seen: list[torch.Tensor] = []
+
+    def keep(block: Any, args: tuple) -> None:
+        seen.append(args[0].detach().clone())
+
+    block = next(m for name, m in trainer.model.named_modules() if name.endswith("layers.2"))
+    block.register_forward_pre_hook(keep)
+    trainer.train()
+    return seen[0]
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    results: dict[str, Any] = {}
+    for name, method in METHODS.items():
+        if "ranks" in method.inapplicable:
+            continue
+        found = []
+        for steps in (1, 2):
+            options = {"per_device_train_batch_size": 4 // steps, "gradient_accumulation_steps": steps}
+            options |= {**method.options, "ddp_backend": "gloo"}
+            found.append(gradients(folder / "run", method.config(), options))
+        results[name] = {"gradients": found, "noised": noised_input(method, folder / "run")}
+    torch.save(results, folder / f"rank_{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
