@@ -76,3 +76,19 @@ def select_blocks(names: Sequence[str], choice: str | int | Sequence[int], field
             )
         chosen = sorted({index % depth for index in choice})
     return chosen
+
+
+def parse_blocks(value: str | int | list[int]) -> str | int | list[int]:
+    """A choice of blocks written as text, as `select_blocks` takes it.
+
+    Args:
+        value: "all", "4" (the last four), "0,5,9" (indices), or a regular expression. An integer or a list of integers
+            is returned as it is.
+    """
+    if not isinstance(value, str):
+        return value
+    parts = value.split(",")
+    if all(part.strip().isdecimal() for part in parts):
+        numbers = [int(part) for part in parts]
+        return numbers if len(numbers) > 1 else numbers[0]
+    return value

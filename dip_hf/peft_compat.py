@@ -12,7 +12,7 @@ from peft import mapping
 from peft.config import PeftConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.model import LoraModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.constants import DUMMY_TARGET_MODULES
 
 
@@ -22,6 +22,7 @@ __all__ = [
     "DIPPeftType",
     "LoraLayer",
     "LoraModel",
+    "check_adapters_to_merge",
     "clean_name",
     "register",
 ]

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dip_hf.dipnet.functional import token_rms
 from dip_hf.noise import NoiseKey, add_noise
-from dip_hf.peft_compat import BaseTunerLayer
+from dip_hf.peft_compat import BaseTunerLayer, check_adapters_to_merge
 
 
 @dataclass
@@ -118,7 +118,6 @@ class NoiseSite(nn.Module, BaseTunerLayer):
         """Become a child of `block`, and act on its input from now on."""
         block.add_module(child_name, self)
         self.hook = block.register_forward_pre_hook(self.pre_hook, with_kwargs=True)
-        self.train(block.training)
 
     def detach(self, block: nn.Module, child_name: str) -> None:
         """Undo `attach`."""
@@ -145,9 +144,8 @@ class NoiseSite(nn.Module, BaseTunerLayer):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merging keeps the mean of the projection, which is the identity: there is nothing to add to a weight."""
-        names = self._active_names() if adapter_names is None else adapter_names
-        known = self.lora_dip_log_variance
-        self.merged_adapters += [name for name in names if name in known and name not in self.merged_adapters]
+        names = check_adapters_to_merge(self, adapter_names)
+        self.merged_adapters += [name for name in names if name in self.lora_dip_log_variance]
 
     def unmerge(self) -> None:
         self.merged_adapters.clear()

@@ -112,6 +112,8 @@ class DIPNetModel(LoraModel):
         if not isinstance(site, NoiseSite):
             site = NoiseSite(layer, _input_size(model, block, name), self.noise_state(model))
             site.attach(block, SITE_NAME)
+            # A LoRA layer is born in training mode, whatever the mode of what it wraps.
+            site.train((block.get_base_layer() if isinstance(block, BaseTunerLayer) else block).training)
         site.update_layer(
             adapter_name, config.noise_scale, config.learn_noise, config.noise_in_eval, config.noise_seed
         )
@@ -119,8 +121,10 @@ class DIPNetModel(LoraModel):
         parameter = next(block.parameters(), None)
         if low_cpu_mem_usage:
             leaf.weight = nn.Parameter(leaf.weight.to("meta"))  # assigned on loading, like LoRA's
-        elif parameter is not None and parameter.device.type != "meta":
-            leaf.to(parameter.device)
+        if parameter is not None and not parameter.is_meta:
+            leaf.rms = leaf.rms.to(parameter.device)
+            if not leaf.weight.is_meta:  # PEFT loads under a context that makes new parameters on the meta device
+                leaf.weight.data = leaf.weight.to(parameter.device)
         site._active_adapter = self.active_adapters
         trainable = adapter_name in self.active_adapters and config.learn_noise and not config.inference_mode
         leaf.weight.requires_grad_(trainable)
@@ -132,6 +136,12 @@ class DIPNetModel(LoraModel):
 
     def _sites(self) -> list[NoiseSite]:
         return [module for module in self.model.modules() if isinstance(module, NoiseSite)]
+
+    def block_names(self) -> list[str]:
+        """Module names of all decoder blocks, in order of depth."""
+        names = self.peft_config[self.active_adapters[0]].block_names
+        assert names is not None  # resolved on injection
+        return names
 
     def noised_layers(self) -> list[int]:
         """Indices of the blocks that would add noise in a forward pass now, ascending."""
@@ -157,6 +167,11 @@ class DIPNetModel(LoraModel):
         """
         if trajectories < 1:
             raise ValueError(f"trajectories={trajectories} must be at least 1.")
+        if trajectories > 1 and getattr(getattr(self.model, "config", None), "output_router_logits", False):
+            raise ValueError(
+                f"output_router_logits=True with trajectories={trajectories}: the experts' balance loss counts the "
+                "batch's rows once in every block; set output_router_logits=False, or train one trajectory."
+            )
         state = self.noise_state(self.model)
         outer = (state.key, state.trajectories, state.sampling, state.log_variances)
         state.key, state.trajectories, state.sampling, state.log_variances = key.tensor(), trajectories, True, {}
@@ -212,7 +227,7 @@ class DIPNetModel(LoraModel):
     ) -> dict[str, Tensor]:
         # PEFT looks parameters up under their modules' names, which have the wrapper's part in them where a block is
         # wrapped (checkpoint_wrapper, FSDP), as the state dict's keys have not.
-        modules = {clean_name(name): name for name, _ in model.named_modules()}
+        modules = {clean_name(name): name.removeprefix("_fsdp_wrapped_module.") for name, _ in model.named_modules()}
         wrapped = {}
         for key, value in state_dict.items():
             parent, _, leaf = clean_name(key).rpartition(".")

@@ -12,6 +12,7 @@ from peft import LoraConfig
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import ModelConfig, ScriptArguments, TrlParser
 
+from dip_hf.blocks import parse_blocks
 from dip_hf.dipnet import DIPNetConfig
 from dip_hf.trainer import DIPSFTConfig
 
@@ -72,8 +73,8 @@ class DataArguments(ScriptArguments):
 class AdapterArguments(ModelConfig):
     """The model and its adapter: [`~trl.ModelConfig`]'s LoRA and quantisation fields, and DIPNet's.
 
-    `use_peft` follows from `adapter` and need not be given. `lora_target_modules: []` in a file makes a DIPNet adapter of
-    noise alone.
+    `use_peft` follows from `adapter` and need not be given. `lora_target_modules: []` in a file makes a DIPNet adapter
+    of noise alone.
     """
 
     adapter: str = field(
@@ -108,7 +109,7 @@ class AdapterArguments(ModelConfig):
         if self.model_name_or_path is None:
             raise ValueError("model_name_or_path is missing: give a model's folder or its name on the Hub")
         self.use_peft = self.adapter != "none"
-        self.noise_blocks_choice = parse_noise_blocks(self.noise_blocks)
+        self.noise_blocks_choice = parse_blocks(self.noise_blocks)
 
     def peft_config(self) -> LoraConfig | None:
         """Return the adapter's config for the trainer, or None where every weight is trained."""
@@ -135,22 +136,6 @@ class AdapterArguments(ModelConfig):
         )
 
 
-def parse_noise_blocks(value: str | int | list[int]) -> str | int | list[int]:
-    """Turn the command line's text for `noise_blocks` into what `DIPNetConfig` takes.
-
-    Args:
-        value: "all", "4" (the last four), "0,5,9" (indices), or a regular expression. A file's integer or list of
-            integers is returned as it is.
-    """
-    if not isinstance(value, str):
-        return value
-    parts = value.split(",")
-    if all(part.strip().isdecimal() for part in parts):
-        numbers = [int(part) for part in parts]
-        return numbers if len(numbers) > 1 else numbers[0]
-    return value
-
-
 class RecipeParser(TrlParser):
     """[`~trl.TrlParser`] that raises `ValueError` with the close matches of an unknown name, before anything loads."""
 
@@ -173,7 +158,7 @@ class RecipeParser(TrlParser):
     def parse_args_into_dataclasses(self, args: Any = None, *others: Any, **kwargs: Any) -> tuple[Any, ...]:
         """As the parent's; a dry run may ask for bfloat16 on a machine that could not train in it."""
         namespace, _ = self.parse_known_args(args)
-        if namespace.dry_run and not is_torch_bf16_gpu_available():
+        if getattr(namespace, "dry_run", False) and not is_torch_bf16_gpu_available():
             self.set_defaults(use_cpu=True)
         return super().parse_args_into_dataclasses(args, *others, **kwargs)
 
@@ -210,4 +195,4 @@ def _bad_choice(name: str, value: object, choices: Iterable[str]) -> str:
 
 def _close_to(name: str, known: Iterable[str]) -> str:
     matches = difflib.get_close_matches(name.replace("-", "_"), sorted(known), n=3)
-    return f"; did you mean {', '.join(map(repr, matches))}?" if matches else ": see `python recipes/sft.py --help`"
+    return f"; did you mean {', '.join(map(repr, matches))}?" if matches else "; `--help` lists the fields"

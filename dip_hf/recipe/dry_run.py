@@ -119,7 +119,8 @@ def _weight_memory(model: PreTrainedModel, adapter: AdapterArguments) -> str:
         if isinstance(module, nn.Linear) and module is not head:
             sizes[module.weight] = module.weight.numel() * bits // 8
     kind = adapter.bnb_4bit_quant_type if bits == 4 else "int8"
-    return f"weights about {_size(sum(sizes.values()))}: linear layers in {bits} bits ({kind}), the rest in {adapter.dtype}"
+    size = _size(sum(sizes.values()))
+    return f"weights about {size}: linear layers in {bits} bits ({kind}), the rest in {adapter.dtype}"
 
 
 def _describe_adapter(model: nn.Module, training: DIPSFTConfig, adapter: AdapterArguments) -> Iterator[str]:

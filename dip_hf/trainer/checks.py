@@ -24,10 +24,10 @@ def check_dataset(name: str, dataset: object) -> None:
     for column, ignored in (("labels", -100), ("completion_mask", 0), ("assistant_masks", 0)):
         if column in dataset.column_names:
             for index, row in enumerate(dataset.with_format(None)[column]):
-                if all(value == ignored for value in row):
+                if all(value == ignored for value in row[1:]):  # nothing predicts the first token
                     raise ValueError(
-                        f"{name} row {index}: every entry of {column!r} is {ignored}, so the row trains nothing; "
-                        "drop it or label at least one token."
+                        f"{name} row {index}: every entry of {column!r} is {ignored} (the first does not count, for "
+                        "nothing predicts it), so the row trains nothing; drop it or label at least one token."
                     )
 
 
@@ -74,4 +74,24 @@ def check_noise_setup(trainer: SFTTrainer, args: DIPSFTConfig) -> None:
         raise ValueError(
             f"stability_weight={args.stability_weight} needs the LM head whole, which DeepSpeed may partition; use "
             "DDP or FSDP2, or set stability_weight to 0."
+        )
+
+
+def check_second_pass(trainer: SFTTrainer) -> None:
+    """
+    Raises:
+        ValueError: reentrant checkpointing, which counts on one pass through each block (DReS and ICP make two), or
+            sharded parameters, which are whole only during the wrapper's own pass.
+    """
+    zero_stage = trainer.args.deepspeed_plugin.zero_stage if trainer.is_deepspeed_enabled else 0
+    if trainer.is_fsdp_enabled or zero_stage == 3:
+        raise ValueError(
+            "dres_weight and icp_weight do not work with FSDP or ZeRO-3, whose parameters are not whole in a second "
+            "pass; use DDP or ZeRO-2, or set both weights to 0."
+        )
+    options = trainer.args.activation_checkpointing_kwargs or {}
+    if trainer.args.activation_checkpointing and options.get("use_reentrant"):
+        raise ValueError(
+            "activation_checkpointing_kwargs={'use_reentrant': True} does not work with dres_weight or icp_weight, "
+            "which pass through blocks twice; set use_reentrant to False."
         )

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from trl import SFTConfig
+
+from dip_hf.blocks import parse_blocks
+from dip_hf.icp.options import ICPOptions
 
 
 @dataclass
@@ -25,6 +29,23 @@ class DIPSFTConfig(SFTConfig):
         penalty_unit: whether λ in the penalty is "relative" to the squared RMS of the block's input, or "absolute" as
             in the paper.
         noise_learning_rate: learning rate of the log-variances, which get no weight decay.
+        dres_weight: μ, weight of DReS's reconstruction error (arXiv 2510.00253); 0 is off.
+        dres_placement: "token" codes valid tokens through MLP sublayers; "sequence" codes rows of the batch through a
+            range of blocks.
+        dres_blocks: which blocks: a number for the last n, indices, "all", a pattern; unset for the last quarter.
+        dres_group_size: K, samples in a group.
+        dres_oversampling: N/K, coded samples per sample.
+        dres_detach_target: whether f(x) is a constant in the error.
+        icp_weight: w, weight of ICP's feature loss (arXiv 2505.14751); 0 is off.
+        icp_steps: T, perturbation steps.
+        icp_epsilon: ε, length of a step relative to the RMS of what it perturbs.
+        icp_update: "normalised", "sign" or "adam".
+        icp_positions: perturb "all" tokens, or those of the "prompt".
+        icp_layers: number of block outputs compared.
+        icp_start_block: 0 perturbs the embeddings; s > 0 the input of block s, rerunning only the blocks above.
+        icp_interval: every n-th optimiser step only.
+        icp_weighting: "additive" or "paper".
+        icp_warmup: share of the run before the feature loss sets in.
 
     Raises:
         ValueError: a field's value makes no sense; the message names field, value and remedy.
@@ -50,8 +71,39 @@ class DIPSFTConfig(SFTConfig):
         default=1e-2, metadata={"help": "Learning rate of the log-variances, without weight decay."}
     )
 
+    dres_weight: float = field(default=0.0, metadata={"help": "μ, weight of DReS's reconstruction error; 0 is off."})
+    dres_placement: str = field(
+        default="token",
+        metadata={"help": "Samples are valid tokens, or rows of the batch.", "choices": ["token", "sequence"]},
+    )
+    dres_blocks: str | None = field(
+        default=None, metadata={"help": "A number n for the last n, 'all', '4,5,6' or a pattern; the last quarter."}
+    )
+    dres_group_size: int = field(default=8, metadata={"help": "K, samples in a group."})
+    dres_oversampling: float = field(default=1.25, metadata={"help": "N/K, coded samples per sample."})
+    dres_detach_target: bool = field(default=False, metadata={"help": "Take f(x) as a constant in the error."})
+    icp_weight: float = field(default=0.0, metadata={"help": "w, weight of ICP's feature loss; 0 is off."})
+    icp_steps: int = field(default=1, metadata={"help": "T, perturbation steps."})
+    icp_epsilon: float = field(default=0.03, metadata={"help": "ε, length of a step relative to the RMS."})
+    icp_update: str = field(
+        default="normalised",
+        metadata={"help": "Direction of a step.", "choices": ["normalised", "sign", "adam"]},
+    )
+    icp_positions: str = field(default="all", metadata={"help": "Perturbed tokens.", "choices": ["all", "prompt"]})
+    icp_layers: int = field(default=4, metadata={"help": "Number of block outputs compared."})
+    icp_start_block: int = field(default=0, metadata={"help": "0: the embeddings; s: the input of block s."})
+    icp_interval: int = field(default=1, metadata={"help": "Every n-th optimiser step only."})
+    icp_weighting: str = field(
+        default="additive",
+        metadata={"help": "(1, w(1-a)) or the paper's (a, w(1-a)).", "choices": ["additive", "paper"]},
+    )
+    icp_warmup: float = field(default=0.25, metadata={"help": "Share of the run before the feature loss sets in."})
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.icp_options()
+        if not self.dres_weight >= 0:
+            raise ValueError(f"dres_weight={self.dres_weight} must not be negative; 0 turns DReS off.")
         if self.num_trajectories < 1:
             raise ValueError(f"num_trajectories={self.num_trajectories} must be at least 1.")
         for name in ("variance_weight", "log_variance_weight"):
@@ -75,3 +127,18 @@ class DIPSFTConfig(SFTConfig):
                 f"noise_learning_rate={self.noise_learning_rate} must be positive; to freeze the noise use "
                 "`DIPNetConfig(learn_noise=False)`."
             )
+
+    def icp_options(self) -> ICPOptions:
+        """The `icp_*` fields, checked."""
+        names = [option.name for option in fields(ICPOptions)]
+        return ICPOptions(**{name: getattr(self, f"icp_{name}") for name in names})
+
+    def dres_options(self) -> dict[str, Any]:
+        """The `dres_*` fields but the weight, as `DReSBranch` takes them."""
+        return {
+            "placement": self.dres_placement,
+            "blocks": None if self.dres_blocks is None else parse_blocks(self.dres_blocks),
+            "group_size": self.dres_group_size,
+            "oversampling": self.dres_oversampling,
+            "detach_target": self.dres_detach_target,
+        }

@@ -20,7 +20,7 @@ from dip_hf.trainer.terms import Term, batch_mean, token_mean
 
 
 class DIPNetObjective:
-    """The parts of Eq. 4 that are not the task loss: folded labels, penalty, stability.
+    """The parts of Eq. 4 that are not the task loss: penalty and stability.
 
     Args:
         model: a PEFT model with a DIPNet adapter.
@@ -47,11 +47,12 @@ class DIPNetObjective:
             finally:
                 handle.remove()
 
-    def fold_labels(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The batch with its labels repeated m times, to meet outputs that are folded above the first noised block."""
-        if self.args.num_trajectories == 1:
-            return inputs
-        return {**inputs, "labels": repeat_rows(inputs["labels"], self.args.num_trajectories)}
+
+def fold_labels(inputs: dict[str, Any], trajectories: int) -> dict[str, Any]:
+    """The batch with its labels repeated m times, to meet outputs that are folded above the first noised block."""
+    if trajectories == 1:
+        return inputs
+    return {**inputs, "labels": repeat_rows(inputs["labels"], trajectories)}
 
 
 class DIPNetPass:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,20 +15,23 @@ from trl import SFTTrainer
 
 from dip_hf.dipnet.export import NOISE_PREFIX
 from dip_hf.dipnet.model import DIPNetModel
+from dip_hf.dres import DReSBranch
+from dip_hf.icp import ICPBranch
+from dip_hf.icp.functional import compared_tokens
 from dip_hf.noise import NoiseKey
-from dip_hf.trainer.checks import check_dataset, check_noise_setup, check_nothing_dropped
+from dip_hf.trainer.checks import check_dataset, check_noise_setup, check_nothing_dropped, check_second_pass
 from dip_hf.trainer.config import DIPSFTConfig
-from dip_hf.trainer.objective import DIPNetObjective
+from dip_hf.trainer.objective import DIPNetObjective, DIPNetPass, fold_labels
 from dip_hf.trainer.optimizer import noise_group
-from dip_hf.trainer.terms import Term, batch_mean
+from dip_hf.trainer.terms import Term, batch_mean, token_mean
 
 
 class DIPSFTTrainer(SFTTrainer):
     """`trl.SFTTrainer` with this project's regularisers.
 
     With a `DIPNetConfig` as `peft_config` (or a model that holds such an adapter) it minimises DIPNet's Eq. 4 (arXiv
-    2506.04690). With any other PEFT config, or none, and the default `DIPSFTConfig`, it is `SFTTrainer` to the last
-    bit.
+    2506.04690). `DIPSFTConfig(dres_weight=..., icp_weight=...)` adds DReS and ICP, with any adapter or none. With
+    everything off it is `SFTTrainer` to the last bit.
 
     Every term is logged raw and weighted; a term that is NaN or infinite stops the run before the optimiser step.
 
@@ -50,18 +56,32 @@ class DIPSFTTrainer(SFTTrainer):
         if args is None:
             args = DIPSFTConfig(output_dir="dip-sft")
         elif not isinstance(args, DIPSFTConfig):
-            args = DIPSFTConfig(**{**args.to_dict(), "hub_token": args.hub_token})  # to_dict hides the token
+            # to_dict hides whatever is called a token, the tokenizer's own too
+            tokens = {field.name: getattr(args, field.name) for field in fields(args) if field.name.endswith("_token")}
+            args = DIPSFTConfig(**{**args.to_dict(), **tokens})
         check_dataset("train_dataset", train_dataset)
         super().__init__(model, args=args, train_dataset=train_dataset, **kwargs)
         check_nothing_dropped(self, train_dataset)
-        self.dipnet: DIPNetObjective | None = None
         self._micro_step = (-1, -1)  # (global step, index of its micro-batch)
+        self.dipnet: DIPNetObjective | None = None
+        self.dres: DReSBranch | None = None
+        self.icp: ICPBranch | None = None
+        block_names: list[str] | None = None
         if isinstance(self.model, PeftModel) and isinstance(self.model.base_model, DIPNetModel):
             check_noise_setup(self, args)
             self.dipnet = DIPNetObjective(self.model, args)
+            block_names = self.dipnet.tuner.block_names()
             for name, parameter in self.model.named_parameters():
                 if f".{NOISE_PREFIX}" in name:
                     parameter.data = parameter.data.float()  # SFTTrainer casts a quantised model's adapter to bf16
+        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        if args.dres_weight > 0:
+            self.dres = DReSBranch(base, **args.dres_options(), block_names=block_names)
+            self.dres.check(args.per_device_train_batch_size, self.padding_free)
+        if args.icp_weight > 0:
+            self.icp = ICPBranch(base, args.icp_options(), block_names=block_names)
+        if self.dres is not None or self.icp is not None:
+            check_second_pass(self)
 
     def compute_loss(
         self,
@@ -71,40 +91,86 @@ class DIPSFTTrainer(SFTTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The task loss, plus every regulariser that is on; in evaluation the task loss alone."""
-        if not self.model.training or self.dipnet is None:
+        regularised = self.dipnet is not None or self.dres is not None or self.icp is not None
+        if not self.model.training or not regularised:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             loss = result[0] if return_outputs else result
             if self.model.training:
                 batch_mean("task", loss, 1.0, 1).check_finite(self.state.global_step)
             return result
         if return_outputs:
-            raise ValueError("return_outputs=True is for evaluation; training with DIPNet returns the loss alone.")
-        return self._dipnet_loss(self.dipnet, model, inputs, num_items_in_batch)
+            raise ValueError("return_outputs=True is for evaluation; regularised training returns the loss alone.")
+        return self._regularised_loss(model, inputs, num_items_in_batch)
 
-    def _dipnet_loss(
-        self, dipnet: DIPNetObjective, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
-    ) -> Tensor:
-        """Eq. 4: the mean of the trajectories' log-losses, the penalty, and the stability term."""
-        trajectories = self.args.num_trajectories
-        steps = self.current_gradient_accumulation_steps
-        with dipnet.sampling(self._noise_key()) as record:
-            task = super().compute_loss(
-                model,
-                dipnet.fold_labels(inputs),
-                num_items_in_batch=None if num_items_in_batch is None else num_items_in_batch * trajectories,
-            )
-        if num_items_in_batch is None:
-            # TRL took the mean over this micro-batch's tokens, and Trainer divides the sum by the number of steps.
-            steps, num_items_in_batch = 1, (inputs["labels"][:, 1:] != -100).sum()
-        penalty, values = record.penalty(steps)
-        terms = [Term("task", task * steps, 1.0, 1 / steps)]
-        if penalty.value.requires_grad:  # not with learn_noise=False: a constant would only blur the logged loss
-            terms.append(penalty)
-        if self.args.stability_weight > 0:
-            processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            terms.append(record.stability(inputs["labels"], num_items_in_batch, processes, steps))
+    def _regularised_loss(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None) -> Tensor:
+        """The task loss and the regularisers' terms, all of them from one forward pass (and ICP's teacher)."""
+        progress, key = self.state.global_step / self.state.max_steps, self._noise_key()
+        # Without a count TRL takes the mean over the micro-batch, and Trainer divides the loss by the number of steps.
+        steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+        weight, feature_weight = (1.0, 0.0) if self.icp is None else self.icp.options.term_weights(progress)
+        icp = self.icp
+        if icp is not None and (feature_weight == 0 or not icp.options.due(self.state.global_step)):
+            icp = None  # nothing to distil in this step
+        trajectories = 1 if self.dipnet is None else self.args.num_trajectories
+        folded = fold_labels(inputs, trajectories)
+        with ExitStack() as sampling:
+            noise = None if self.dipnet is None else sampling.enter_context(self.dipnet.sampling(key))
+            with ExitStack() as watching:
+                clean = None if icp is None else watching.enter_context(icp.clean())
+                mask = inputs.get("attention_mask")
+                coded = None if self.dres is None else watching.enter_context(self.dres.attached(key, mask))
+                task = super().compute_loss(
+                    model,
+                    folded,
+                    num_items_in_batch=None if num_items_in_batch is None else num_items_in_batch * trajectories,
+                )
+            terms, values = [Term("task", task * steps, weight, 1 / steps)], {}
+            if noise is not None:  # before ICP's second pass, which writes over what the first left
+                more, values = self._dipnet_terms(noise, inputs["labels"], num_items_in_batch, steps)
+                terms += more
+            if coded is not None:
+                terms.append(batch_mean("dres/error", coded.error, self.args.dres_weight, steps))
+            if icp is not None and clean is not None:
+                again = partial(self.model, **folded, fused_lm_head=True)
+                total, tokens = icp.loss(clean, inputs, task, lambda: again().loss)
+                terms.append(self._feature_term(total, tokens, feature_weight, num_items_in_batch, steps))
         self._log_terms(terms, values)
         return torch.stack([term.loss for term in terms]).sum()
+
+    def _feature_term(
+        self, total: Tensor, tokens: Tensor, weight: float, num_items: Tensor | int | None, steps: int
+    ) -> Term:
+        """ICP's term, a mean over the compared tokens of the step."""
+        if num_items is None:
+            return batch_mean("icp/features", total / tokens.clamp(min=1), weight, steps)
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return token_mean("icp/features", total, weight, self._compared_tokens, processes, steps)
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """As Trainer's, which counts the step's label tokens; ICP's mean needs the number of compared tokens too."""
+        samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.icp is not None and samples:
+            count = torch.stack([compared_tokens(sample).sum() for sample in samples]).sum().to(device)
+            if self.args.average_tokens_across_devices:
+                count = self.accelerator.gather(count).sum()
+            self._compared_tokens = count
+        return samples, num_items
+
+    def _dipnet_terms(
+        self, noise: DIPNetPass, labels: Tensor, num_items: Tensor | int | None, steps: int
+    ) -> tuple[list[Term], dict[str, float]]:
+        """Eq. 4's terms beside the task loss, and what to log beside them."""
+        penalty, values = noise.penalty(steps)
+        # Without learnable noise the penalty is a constant, which would only blur the logged loss.
+        terms = [penalty] if penalty.value.requires_grad else []
+        if self.args.stability_weight > 0:
+            processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            if num_items is None:
+                processes, num_items = 1, (labels[:, 1:] != -100).sum()
+            terms.append(noise.stability(labels, num_items, processes, steps))
+        return terms, values
 
     def _noise_key(self) -> NoiseKey:
         """The key of this micro-batch: a function of where training stands, so that a resumed run finds it again."""

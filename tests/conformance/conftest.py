@@ -1,4 +1,4 @@
-"""PEFT's own suite for custom models, run on the DIPNet adapter: a subset of it, or `--whole`.
+"""PEFT's own suite for custom models, run on the DIPNet adapter: a subset of its rows, or all with `--whole`.
 
 Its test module is imported with `peft.LoraConfig` replaced by `DIPNetConfig` (peft_suite.py), so that each of its LoRA
 tests becomes one of ours. What cannot apply stands with its reason in inapplicable.py. Nothing of PEFT's tests is
@@ -7,15 +7,23 @@ copied into this repository: fetch.py downloads them.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+from peft import PeftConfig
 from torch import nn
 
 from dip_hf import DIPNetConfig, DIPNetModel
 from tests.conformance import peft_suite
+from tests.conformance.inapplicable import FAILING, OTHER, find
+
+
+SUITE_TESTS: pytest.StashKey[list[str]] = pytest.StashKey()
+"""Names of all tests of the suite that were collected, whether they are run or not."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--whole", action="store_true", help="run all of PEFT's suite, not the subset")
+    parser.addoption("--whole", action="store_true", help="run PEFT's suite on all its rows")
 
 
 @pytest.fixture(autouse=True)
@@ -29,17 +37,26 @@ def _blocks_of_custom_models(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DIPNetModel, "_resolve_blocks", resolve_any)
 
 
-def _in_subset(item: pytest.Item) -> bool:
-    """Our own rows, PEFT's first row, and the tests without rows: every test, on a tenth of the rows."""
-    parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    if "test_name" not in parameters or "model_id" not in parameters:
-        return True
-    return parameters["test_name"].startswith(("DIPNet", "Vanilla MLP 1 LoRA"))
+def _is_other_method(value: Any) -> bool:
+    kind = value if isinstance(value, type) else type(value)
+    return issubclass(kind, PeftConfig) and not issubclass(kind, DIPNetConfig)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("whole", default=False):
-        return
-    outside = [item for item in items if item.module.__name__.endswith("conformance.test_custom_models") and not _in_subset(item)]
-    config.hook.pytest_deselected(items=outside)
-    items[:] = [item for item in items if item not in set(outside)]
+    whole = config.getoption("whole", default=False)
+    names = config.stash.setdefault(SUITE_TESTS, [])
+    kept, dropped = [], []
+    for item in items:
+        if item.path.parent.name == "conformance" and item.path.name == peft_suite.SUITE:
+            name = item.nodeid.partition("::")[2]
+            names.append(name)
+            parameters = item.callspec.params if hasattr(item, "callspec") else {}
+            other = any(map(_is_other_method, parameters.values())) or find(OTHER, name)
+            if other or not (whole or peft_suite.in_subset(parameters)):
+                dropped.append(item)
+                continue
+            if entry := find(FAILING, name):
+                item.add_marker(pytest.mark.xfail(reason=entry.reason, strict=True))
+        kept.append(item)
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = kept

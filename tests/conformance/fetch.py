@@ -26,9 +26,9 @@ def fetch() -> Path:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
         subprocess.run(
-            [sys.executable, "-m", "pip", "download", f"peft=={version('peft')}", "--no-binary=peft", "--no-deps"]
-            + ["--quiet", "--disable-pip-version-check", f"--dest={scratch}"],  # noqa: RUF005
+            [*command, "--no-binary=peft", f"--dest={scratch}", f"peft=={version('peft')}"],
             check=True,
         )
         (archive,) = Path(scratch).glob("peft-*.tar.gz")

@@ -46,7 +46,14 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     ),
     "mistral": lambda: _config(tf.MistralConfig, sliding_window=4),
     "gpt2": lambda: tf.GPT2Config(
-        vocab_size=VOCABULARY, n_embd=32, n_layer=4, n_head=4, n_positions=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+        vocab_size=VOCABULARY,
+        n_embd=32,
+        n_layer=4,
+        n_head=4,
+        n_positions=64,
+        resid_pdrop=0,
+        embd_pdrop=0,
+        attn_pdrop=0,
     ),
     "gpt_neox": lambda: _config(tf.GPTNeoXConfig, **HEADS),
     "opt": lambda: _config(tf.OPTConfig, **HEADS, ffn_dim=48, word_embed_proj_dim=32, dropout=0.0),
@@ -66,7 +73,7 @@ def build(family: str = "llama", **changes: Any) -> tf.PreTrainedModel:
 
 
 def adapt(model: Any, adapter_name: str = "default", **arguments: Any) -> PeftModel:
-    """A DIPNet adapter with random LoRA weights and noise as large as the signal, so that either shows in the output."""
+    """A DIPNet adapter with random LoRA weights and much noise, so that either shows in the output."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
         return get_peft_model(model, config(**arguments), adapter_name)

@@ -45,7 +45,7 @@ def single_trajectory(model: PeftModel, key: NoiseKey, trajectory: int) -> Itera
             handle.remove()
 
 
-def assert_folds(model: PeftModel, inputs: dict[str, Any], trajectories: int = 3, rtol: float = 1e-4) -> None:
+def assert_folds(model: PeftModel, inputs: dict[str, Any], trajectories: int = 2, rtol: float = 1e-4) -> None:
     """Logits and gradients of the folded pass are those of the plain loop over trajectories."""
     model.eval()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -78,7 +78,7 @@ def assert_folds(model: PeftModel, inputs: dict[str, Any], trajectories: int = 3
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family(family: str, padded: bool) -> None:
-    assert_folds(adapt(build(family), noise_blocks=[1, 3]), batch(padded=padded))
+    assert_folds(adapt(build(family), noise_blocks=[1, 3]), batch(padded=padded), 3)
 
 
 @pytest.mark.parametrize("noise_blocks", ["all", 1, [0], [1, 2]], ids=str)
@@ -86,21 +86,19 @@ def test_any_choice_of_blocks(noise_blocks: Any) -> None:
     assert_folds(adapt(build(), noise_blocks=noise_blocks), batch())
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "opt"])
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(("family", "attention"), [("llama", "sdpa"), ("gemma3", "eager"), ("gpt2", "sdpa")])
 def test_one_row(family: str, attention: str) -> None:
     assert_folds(adapt(build(family, _attn_implementation=attention), noise_blocks=2), batch(rows=1))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "opt"])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_row_as_long_as_the_batch(family: str, rows: int) -> None:
     # Tensors whose first dimension is the length could be taken for batch-shaped ones.
     assert_folds(adapt(build(family), noise_blocks=2), batch(rows, length=rows), rtol=1e-3)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3", "mistral"])
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(("family", "attention"), [("llama", "eager"), ("gemma3", "sdpa"), ("mistral", "sdpa")])
 def test_padding_free(family: str, attention: str) -> None:
     """Documents end to end in one row, told apart by their positions, as TRL's collator gives them."""
     model = adapt(build(family, _attn_implementation=attention), noise_blocks=2)
@@ -112,8 +110,7 @@ def test_padding_free(family: str, attention: str) -> None:
     assert_folds(model, inputs)
     assert_folds(
         model,
-        inputs
-        | {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries, "max_length_q": 5, "max_length_k": 5},
+        inputs | {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries, "max_length_q": 5, "max_length_k": 5},
     )
     # and documents do not see one another: the last one alone gives the same
     with model.disable_adapter():
@@ -147,11 +144,15 @@ def test_position_ids_per_row() -> None:
     assert_folds(adapt(build("qwen3"), noise_blocks=2), inputs)
 
 
-def test_expert_balance_loss_over_folded_rows() -> None:
+def test_the_experts_balance_loss_is_refused() -> None:
     model = adapt(build("mixtral", output_router_logits=True), noise_blocks=2)
-    inputs = batch(padded=True)
-    with model.base_model.sampling(KEY, 3):
-        assert model(**inputs).aux_loss.isfinite()
+    with model.base_model.sampling(KEY):
+        assert model(**batch(padded=True)).aux_loss.isfinite()
+    with (
+        pytest.raises(ValueError, match=r"output_router_logits=True with trajectories=2.*output_router_logits=False"),
+        model.base_model.sampling(KEY, 2),
+    ):
+        pass
 
 
 def test_one_trajectory_is_the_first_of_several() -> None:

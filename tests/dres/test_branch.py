@@ -84,11 +84,11 @@ def test_token_error_is_the_loops(family: str) -> None:
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "mistral", "opt", "mixtral", "qwen3_moe"])
 def test_sequence_placement_in_further_families(family: str) -> None:
     """With all rows alike the coded rows are that row too, so any argument coded wrongly would show as an error."""
-    model = model_of(family, attention="eager")
+    model = model_of(family, torch.float32, attention="eager")  # grouped experts know no fp64
     batch = {name: value[:1].repeat(4, 1) for name, value in batch_of(2, pads="right").items()}
     batch["attention_mask"][:, -2:] = 0
     record, _ = run(model, branch_of(model, "sequence"), batch)
-    assert record.groups == 1 and record.error < 1e-10  # routers compute in fp32
+    assert record.groups == 1 and record.error < 1e-8
 
 
 def test_eager_and_sdpa_masks_mean_the_same() -> None:
@@ -137,7 +137,8 @@ def test_main_branch_is_the_same_to_the_last_bit(placement: str, dropout: float)
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_other_hooks_and_recorded_outputs_see_the_main_branch_alone(placement: str) -> None:
-    model, batch = model_of("mixtral" if placement == "sequence" else "llama", attention="eager"), batch_of(4)
+    family = "mixtral" if placement == "sequence" else "llama"
+    model, batch = model_of(family, torch.float32, attention="eager"), batch_of(4)
     shapes = []
     block = model.model.layers[2]
     handle = block.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape)))
@@ -299,7 +300,7 @@ def test_with_dipnets_noise_and_trajectories(placement: str, trajectories: int, 
 
 
 def test_noise_inside_the_range_is_coded_like_a_sample() -> None:
-    """Blocks that are affine maps: noise between them must leave the closed form, and its gradient reaches the noise."""
+    """Where blocks are affine, noise leaves nothing but the affine floor; the gradient reaches the noise."""
     model = models.adapt(model_of("llama"), noise_blocks=[2], target_modules=[], r=0)
     base = model.get_base_model()
     for layer in base.model.layers:
@@ -368,7 +369,7 @@ def test_refused_batches() -> None:
         branch.check(4, padding_free=True)
     with pytest.raises(ValueError, match="dres_group_size=4 is more than the 3 rows"):
         branch.check(3, padding_free=False)
-    with pytest.raises(ValueError, match="two|own, "), branch.attached(KEY, torch.ones(4, 1, 7, 7)):
+    with pytest.raises(ValueError, match="the batch's own"), branch.attached(KEY, torch.ones(4, 1, 7, 7)):
         pass
 
 

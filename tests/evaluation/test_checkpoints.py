@@ -43,7 +43,7 @@ def test_missing_folders_are_refused(base_folder: str, tmp_path: Path) -> None:
         check_checkpoints([Checkpoint("lora", str(tmp_path / "nowhere"))], base_folder)
     with pytest.raises(ValueError, match="neither an adapter"):
         check_checkpoints([Checkpoint("lora", str(tmp_path))], base_folder)
-    with pytest.raises(ValueError, match="model='./nowhere' is no folder"):
+    with pytest.raises(ValueError, match=r"model='\./nowhere' is no folder"):
         check_checkpoints([Checkpoint("base")], "./nowhere")
 
 
@@ -59,5 +59,5 @@ def test_pickled_and_truncated_weights_are_refused(
     with pytest.raises(ValueError, match="truncated or damaged"):
         check_checkpoints([Checkpoint("x", str(folder))], base_folder)
     weights.rename(weights.with_suffix(".bin"))
-    with pytest.raises(ValueError, match="pickled.*can execute code|only .*bin, and pickled"):
+    with pytest.raises(ValueError, match=r"pickled.*can execute code|only .*bin, and pickled"):
         check_checkpoints([Checkpoint("x", str(folder))], base_folder)

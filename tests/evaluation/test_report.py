@@ -51,7 +51,7 @@ def test_sets_average_tasks_and_compare_with_every_earlier_checkpoint() -> None:
 def test_the_text_has_a_line_per_checkpoint_and_one_per_other_pair() -> None:
     text = to_text(make_report(SETTINGS, [BASE, LORA, DIPNET]))
     assert "standard (2 tasks)      8  base        12.5 ± 12.5" in text
-    assert "+62.5  [+37.5, +87.5]" in text
+    assert "dipnet      75.0 ± 14.4       +62.5  [" in text
     assert "dipnet - lora" in text
     assert "better / worse" not in to_text(make_report(SETTINGS, [BASE, LORA]))
 

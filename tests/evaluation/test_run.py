@@ -105,12 +105,23 @@ def test_an_unknown_key_of_a_config_file_is_refused(recipe: ModuleType, base_fol
     assert "task" in str(stop.value)
 
 
+# The stock command, but for its index of lm-eval's own tasks, which takes half a minute to read and is not tested here
+COMMAND = """
+import sys
+import lm_eval.tasks.manager
+lm_eval.tasks.manager.__file__ = sys.argv.pop(1) + "/manager.py"
+from lm_eval.__main__ import cli_evaluate
+assert "dip_hf" not in sys.modules
+cli_evaluate()
+"""
+
+
 def test_the_stock_command_runs_hf_dip(base_folder: str, dipnet_folder: str, tmp_path: Path) -> None:
     """With evals/register.yaml the stock command knows the model and the adapter; nothing else imports dip_hf."""
     arguments = f"pretrained={base_folder},peft={dipnet_folder},trajectories=2"
-    tasks = "evals/register.yaml,dip_unseen_products"
-    command = [sys.executable, "-m", "lm_eval", "--model", "hf-dip", "--model_args", arguments, "--tasks", tasks]
-    command += ["--include_path", "evals", "--limit", "2", "--batch_size", "2", "--device", "cpu"]
+    command = [sys.executable, "-c", COMMAND, str(tmp_path), "--model", "hf-dip", "--model_args", arguments]
+    command += ["--include_path", "evals", "--tasks", "evals/register.yaml,dip_unseen_products"]
+    command += ["--limit", "2", "--batch_size", "2", "--device", "cpu"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr[-3000:]

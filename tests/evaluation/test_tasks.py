@@ -88,7 +88,7 @@ def test_families_that_are_none_are_refused(loaded: dict[str, Any]) -> None:
 def test_bad_task_names_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="tasks is empty"):
         load_tasks([], EVALS)
-    with pytest.raises(ValueError, match="include_path='.*nowhere' is no folder"):
+    with pytest.raises(ValueError, match=r"include_path='.*nowhere' is no folder"):
         load_tasks(["dip_reasoning"], tmp_path / "nowhere")
     # Without lm-eval's own index, which takes long to read
     original = TaskManager.__init__

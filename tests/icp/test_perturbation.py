@@ -157,7 +157,7 @@ def test_descent_lowers_the_loss_on_a_trained_model() -> None:
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(150):
+    for _ in range(120):
         loss = task_loss(model, batch())
         loss.backward()
         optimiser.step()
@@ -166,21 +166,21 @@ def test_descent_lowers_the_loss_on_a_trained_model() -> None:
     for update in UPDATES:
         lower = 0
         branch = ICPBranch(model, ICPOptions(update=update))
-        for _ in range(40):
+        for _ in range(20):
             inputs = batch()
             with branch.clean() as record:
                 task = task_loss(model, inputs)
             perturbed = branch.perturb(record, inputs, task)
             with torch.no_grad(), replaced(model, 0, lambda states, perturbed=perturbed: perturbed):
                 lower += bool(task_loss(model, inputs) < task)
-        assert lower >= 38
+        assert lower >= 19
 
 
 @pytest.mark.parametrize("start_block", [0, 2])
 def test_gradient_of_the_feature_term_by_finite_differences(start_block: int) -> None:
     """With the teacher held constant, along a direction of one weight below and one above the site."""
     model = tiny_llama()
-    for name, module in list(model.named_modules()):
+    for name in [name for name, _ in model.named_modules()]:
         if name.endswith("norm"):  # Llama's own computes in fp32
             model.set_submodule(name, nn.RMSNorm(HIDDEN, 1e-6))
     model.double()

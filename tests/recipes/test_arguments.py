@@ -8,7 +8,8 @@ import yaml
 from peft import LoraConfig
 
 from dip_hf import DIPNetConfig
-from dip_hf.recipe.arguments import make_parser, parse_noise_blocks
+from dip_hf.blocks import parse_blocks
+from dip_hf.recipe.arguments import make_parser
 from tests.recipes.support import CONFIGS, ROOT
 
 
@@ -74,18 +75,22 @@ def test_adapters_become_peft_configs(tmp_path: Path) -> None:
     assert parse(path, "--adapter", "none")[2].peft_config() is None
 
 
+def test_an_empty_list_of_targets_leaves_noise_alone(tmp_path: Path) -> None:
+    assert parse(write(tmp_path, lora_target_modules=[]))[2].peft_config().noise_only
+
+
 @pytest.mark.parametrize(
     ("text", "blocks"),
     [("all", "all"), ("4", 4), ("0,5, 9", [0, 5, 9]), (r".*\.1\d", r".*\.1\d"), (3, 3), ([0, 1], [0, 1])],
 )
 def test_noise_blocks(text: Any, blocks: Any) -> None:
-    assert parse_noise_blocks(text) == blocks
+    assert parse_blocks(text) == blocks
 
 
 def test_an_unknown_key_is_named_with_its_neighbours(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'lerning_rate' is no field; did you mean 'learning_rate'"):
         parse(write(tmp_path, lerning_rate=1e-3))
-    with pytest.raises(ValueError, match=r"'zzzzzz' is no field: see"):
+    with pytest.raises(ValueError, match=r"'zzzzzz' is no field; `--help` lists"):
         parse(write(tmp_path, zzzzzz=1))
 
 

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
-from tests.trainer.tiny import ADAPTER, assert_close, base_model, gradients, losses, make_trainer, tokenised
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import SFTTrainer
 
 from dip_hf import DIPNetConfig, export_lora
 from dip_hf.dipnet.export import NOISE_PREFIX
+from tests.trainer.tiny import ADAPTER, assert_close, base_model, gradients, losses, make_trainer, tokenised
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def test_accumulation(name: str, tmp_path: Path) -> None:
 
 
 @every_method
-@pytest.mark.parametrize("layout", [{"packing": True, "max_length": 64}, {"padding_free": True}], ids=lambda x: [*x][0])
+@pytest.mark.parametrize("layout", [{"packing": True, "max_length": 64}, {"padding_free": True}], ids=["bfd", "free"])
 def test_layout(name: str, layout: dict[str, Any], tmp_path: Path) -> None:
     """Packed and padding-free batches give the gradient and the loss of padded ones."""
     method = applicable(name, "layout")
@@ -126,9 +126,7 @@ def test_activation_checkpointing(name: str, tmp_path: Path) -> None:
     runs = []
     for on in (False, True):
         options = {**method.options, "activation_checkpointing": on, "max_steps": 2}
-        trainer = make_trainer(
-            tmp_path, method.config(lora_dropout=0.2), options, base_model(attention_dropout=0.2)
-        )
+        trainer = make_trainer(tmp_path, method.config(lora_dropout=0.2), options, base_model(attention_dropout=0.2))
         trainer.train()
         runs.append(trainer.kept.steps)
     for plain, recomputed in zip(*runs, strict=True):

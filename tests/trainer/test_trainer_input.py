@@ -127,7 +127,7 @@ def test_fsdp_activation_checkpointing(tmp_path: Path) -> None:
     stand_in = SimpleNamespace(
         is_fsdp_enabled=True, accelerator=SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
     )
-    with pytest.raises(ValueError, match="fsdp_activation_checkpointing=True .*activation_checkpointing=True in the"):
+    with pytest.raises(ValueError, match=r"fsdp_activation_checkpointing=True .*activation_checkpointing=True in the"):
         check_noise_setup(stand_in, trainer.args)
 
 

@@ -37,11 +37,9 @@ def main() -> None:
     for name, method in METHODS.items():
         if "ranks" in method.inapplicable:
             continue
-        found = []
-        for steps in (1, 2):
-            options = {"per_device_train_batch_size": 4 // steps, "gradient_accumulation_steps": steps}
-            options |= {**method.options, "ddp_backend": "gloo"}
-            found.append(gradients(folder / "run", method.config(), options))
+        options = {**method.options, "ddp_backend": "gloo"}
+        options |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+        found = gradients(folder / "run", method.config(), options)
         results[name] = {"gradients": found, "noised": noised_input(method, folder / "run")}
     torch.save(results, folder / f"rank_{rank}.pt")
     torch.distributed.destroy_process_group()

@@ -1,0 +1,390 @@
+"""The adapter through everything that PEFT's users do with one, on a real, if tiny, language model."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import (
+    AutoPeftModelForCausalLM,
+    PeftConfig,
+    PeftModel,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+)
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from dip_hf import DIPNetConfig, DIPNetModel, NoiseKey
+from dip_hf.dipnet.layer import NoiseSite
+from tests.dipnet.models import adapt, batch, build, config
+
+
+KEY = NoiseKey(3)
+WHERE = "model.layers.2.dip_noise.lora_dip_log_variance"
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> str:
+    """Folder of a saved base model, so that adapters know where theirs is."""
+    build().save_pretrained(tmp_path / "base")
+    return str(tmp_path / "base")
+
+
+@pytest.fixture
+def model(base: str) -> PeftModel:
+    return adapt(load_base(base), noise_blocks=2).eval()
+
+
+def load_base(folder: str) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def logits(model: nn.Module, **changes: Any) -> Tensor:
+    with torch.no_grad():
+        return model(**{**batch(padded=True), **changes}).logits
+
+
+def noisy(model: PeftModel, key: NoiseKey = KEY) -> Tensor:
+    with model.base_model.sampling(key):
+        return logits(model)
+
+
+def sites(model: nn.Module) -> list[NoiseSite]:
+    return [module for module in model.modules() if isinstance(module, NoiseSite)]
+
+
+def test_noise_is_on_in_training_and_off_in_evaluation(model: PeftModel) -> None:
+    assert torch.equal(logits(model), logits(model))
+    model.train()
+    assert not torch.equal(logits(model), logits(model))
+    model.eval()
+    assert torch.equal(logits(model), logits(model))
+    assert isinstance(model.base_model, DIPNetModel)
+    assert model.base_model.noised_layers() == []
+    assert model.peft_config["default"].block_names == [f"model.layers.{index}" for index in range(4)]
+
+
+def test_noise_in_evaluation_where_asked_for(base: str) -> None:
+    model = adapt(load_base(base), noise_in_eval=True)
+    assert not torch.equal(logits(model), logits(model))
+    assert model.base_model.noised_layers() == [0, 1, 2, 3]
+
+
+def test_noise_outside_a_trainer_follows_its_seed(base: str) -> None:
+    def passes(seed: int) -> list[Tensor]:
+        model = adapt(load_base(base), noise_seed=seed).train()
+        return [logits(model) for _ in range(2)]
+
+    assert all(map(torch.equal, passes(1), passes(1)))
+    assert not torch.equal(passes(1)[0], passes(2)[0])
+
+
+def test_only_lora_and_the_log_variances_are_trained(model: PeftModel) -> None:
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all("lora_A" in name or "lora_B" in name or "lora_dip_log_variance" in name for name in trained)
+    assert sum("dip" in name for name in trained) == 2
+    model.train()
+    model(**batch()).logits.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+
+def test_frozen_noise_stays_frozen(base: str) -> None:
+    model = adapt(load_base(base), learn_noise=False)
+    for _ in range(2):
+        assert not any(parameter.requires_grad for name, parameter in model.named_parameters() if "dip" in name)
+        model.set_adapter("default")  # sets requires_grad anew
+    assert not torch.equal(noisy(model), logits(model))
+
+
+def test_the_scale_is_measured_once_and_stored(model: PeftModel, tmp_path: Path) -> None:
+    leaves = [site.leaf("default") for site in sites(model)]
+    assert all(leaf.rms.item() == 0 for leaf in leaves)
+    seen: list[Tensor] = []
+    model.base_model.model.model.layers[2].register_forward_pre_hook(
+        lambda module, args: seen.append(args[0]), prepend=True
+    )
+    noisy(model)
+    expected = seen[0].square().mean(-1).sqrt().median()
+    torch.testing.assert_close(leaves[0].rms, expected.reshape(1))
+    measured = [leaf.rms.clone() for leaf in leaves]
+    with torch.no_grad(), model.base_model.sampling(KEY):
+        model(input_ids=batch(2, 4)["input_ids"])
+    assert all(torch.equal(leaf.rms, rms) for leaf, rms in zip(leaves, measured, strict=True))
+
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(build(), tmp_path / "adapter")
+    with torch.no_grad(), loaded.base_model.sampling(KEY):
+        loaded(input_ids=batch(2, 4)["input_ids"])
+    assert all(torch.equal(s.leaf("default").rms, rms) for s, rms in zip(sites(loaded), measured, strict=True))
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_save_and_load(model: PeftModel, base: str, tmp_path: Path, low_cpu_mem_usage: bool) -> None:
+    expected = noisy(model), logits(model)
+    model.save_pretrained(tmp_path / "adapter")
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {f"base_model.model.{WHERE}.weight", f"base_model.model.{WHERE}.rms"} <= set(weights)
+    loaded = PeftModel.from_pretrained(load_base(base), tmp_path / "adapter", low_cpu_mem_usage=low_cpu_mem_usage)
+    assert type(loaded.peft_config["default"]) is DIPNetConfig
+    assert torch.equal(noisy(loaded), expected[0]) and torch.equal(logits(loaded), expected[1])
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    trainable = PeftModel.from_pretrained(load_base(base), tmp_path / "adapter", is_trainable=True)
+    assert sites(trainable)[0].leaf("default").weight.requires_grad
+
+
+def test_auto_classes_and_transformers_load_it(model: PeftModel, base: str, tmp_path: Path) -> None:
+    expected = noisy(model), logits(model)
+    folder = str(tmp_path / "adapter")
+    model.save_pretrained(folder)
+    auto = AutoPeftModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(logits(auto), expected[1]) and torch.equal(noisy(auto), expected[0])
+    native = AutoModelForCausalLM.from_pretrained(folder).eval()
+    added = load_base(base)
+    added.load_adapter(folder)
+    for loaded in (native, added):
+        assert torch.equal(logits(loaded), expected[1])
+        for mine, theirs in zip(sites(model), sites(loaded), strict=True):
+            assert torch.equal(mine.leaf("default").weight, theirs.leaf("default").weight)
+            assert torch.equal(mine.leaf("default").rms, theirs.leaf("default").rms)
+    added.train()
+    assert not torch.equal(logits(added), logits(added))
+
+
+def test_injection_without_a_peft_model(base: str) -> None:
+    raw = load_base(base)
+    clean = logits(raw)
+    inject_adapter_in_model(config(noise_blocks=2, init_lora_weights=True), raw)
+    assert torch.equal(logits(raw), clean)
+    assert not torch.equal(logits(raw.train()), clean)
+    assert f"{WHERE}.weight" in get_peft_model_state_dict(raw)
+
+
+def test_several_adapters_with_different_blocks(model: PeftModel, base: str, tmp_path: Path) -> None:
+    one = noisy(model)
+    model.add_adapter("other", config(noise_blocks=[0], noise_scale=0.3, target_modules=["q_proj"]))
+    assert torch.equal(noisy(model), one)
+    model.set_adapter("other")
+    with model.base_model.sampling(KEY):
+        assert model.base_model.noised_layers() == [0]
+    two = noisy(model)
+    assert not torch.equal(two, one)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained and all(".other" in name for name in trained)
+    model.save_pretrained(tmp_path)
+
+    loaded = PeftModel.from_pretrained(load_base(base), tmp_path)
+    loaded.load_adapter(tmp_path / "other", "other")
+    assert torch.equal(noisy(loaded), one)
+    loaded.set_adapter("other")
+    assert torch.equal(noisy(loaded), two)
+    loaded.delete_adapter("other")
+    loaded.set_adapter("default")
+    assert torch.equal(noisy(loaded), one)
+    assert not any(".other" in name for name in loaded.state_dict())
+    assert not any("other" in site.noise_in_eval or "other" in site.seeds for site in sites(loaded))
+
+
+def test_deleting_the_active_adapter_activates_one_and_the_same_everywhere(base: str) -> None:
+    model = adapt(load_base(base), "a", noise_blocks=[1])
+    model.add_adapter("b", config(noise_blocks=[2]))
+    model.add_adapter("c", config(noise_blocks=[1]))  # block 1 holds a and c, so that c would be its next
+    with pytest.warns(UserWarning, match="was active which is now deleted"):
+        model.delete_adapter("a")
+    assert model.active_adapters == ["b"]
+    assert all(site.active_adapters == ["b"] for site in sites(model))
+    with model.base_model.sampling(KEY):
+        assert model.base_model.noised_layers() == [2]
+
+
+def test_disabling(model: PeftModel, base: str) -> None:
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(load_base(base)))
+        with pytest.raises(ValueError, match="adds no noise"), model.base_model.sampling(KEY):
+            pass
+    assert not torch.equal(noisy(model), logits(model))
+
+
+def test_merging_keeps_the_noise_free_pass(model: PeftModel) -> None:
+    clean, drawn = logits(model), noisy(model)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), clean, rtol=1e-4, atol=1e-5)
+    assert model.base_model.noised_layers() == []
+    model.train()
+    assert torch.equal(logits(model), logits(model))  # a merged adapter is out of training
+    model.eval()
+    model.unmerge_adapter()
+    torch.testing.assert_close(noisy(model), drawn, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize("copied", [True, False])
+def test_unloading_leaves_no_trace(model: PeftModel, base: str, merge: bool, copied: bool) -> None:
+    expected = logits(model) if merge else logits(load_base(base))
+    model = copy.deepcopy(model) if copied else model
+    plain = model.merge_and_unload() if merge else model.unload()
+    torch.testing.assert_close(logits(plain.train()), expected, rtol=1e-4, atol=1e-5)
+    assert set(plain.state_dict()) == set(load_base(base).state_dict())
+    assert not any(module._forward_pre_hooks for module in plain.modules())
+    assert not torch.equal(noisy(adapt(plain)), logits(plain))  # and it can be adapted again
+
+
+def test_a_copy_is_independent(model: PeftModel) -> None:
+    before = noisy(model)
+    other = copy.deepcopy(model)
+    assert torch.equal(noisy(other), before)
+    assert len({id(site.state) for site in sites(other)}) == 1
+    assert sites(other)[0].state is not sites(model)[0].state
+    with torch.no_grad():
+        sites(other)[0].leaf("default").weight.add_(1)
+    assert torch.equal(noisy(model), before) and not torch.equal(noisy(other), before)
+
+
+def test_batches_of_several_adapters(model: PeftModel) -> None:
+    model.add_adapter("other", config(noise_blocks=[0]))
+    one = logits(model)
+    model.set_adapter("other")
+    two = logits(model)
+    with model.disable_adapter():
+        none = logits(model)
+    mixed = logits(model, adapter_names=["default", "other", "__base__"])
+    visible = batch(padded=True)["attention_mask"].bool()
+    expected = torch.stack([one[0], two[1], none[2]])
+    torch.testing.assert_close(mixed[visible], expected[visible], rtol=1e-4, atol=1e-5)
+    with (
+        pytest.raises(ValueError, match=r"adapter_names=\[.*one at a time"),
+        model.base_model.sampling(KEY),
+    ):
+        logits(model, adapter_names=["default", "other", "__base__"])
+
+
+@pytest.mark.parametrize("combination", ["linear", "cat", "svd"])
+def test_weighted_adapters_take_the_first_ones_noise(model: PeftModel, combination: str) -> None:
+    noisy(model)
+    model.add_adapter("other", config(noise_blocks=[0]))
+    model.add_weighted_adapter(["default", "other"], [0.7, 0.3], "both", combination_type=combination)
+    model.set_adapter("both")
+    with model.base_model.sampling(KEY):
+        assert model.base_model.noised_layers() == [2, 3]
+    assert noisy(model).isfinite().all()
+    for site in sites(model):
+        if "both" in site.lora_dip_log_variance:
+            assert torch.equal(site.leaf("both").rms, site.leaf("default").rms)
+            assert torch.equal(site.leaf("both").weight, site.leaf("default").weight)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"use_dora": True},
+        {"use_rslora": True},
+        {"target_modules": "all-linear"},
+        {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+        {"target_modules": ["embed_tokens"]},
+        {"target_modules": r".*\.(q|v)_proj"},
+        {"target_modules": ["q_proj"], "layers_to_transform": [1, 2]},
+        {"bias": "all"},
+        {"lora_dropout": 0.1},
+        {"target_modules": []},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore")
+def test_options_of_lora(base: str, tmp_path: Path, arguments: dict[str, Any]) -> None:
+    model = adapt(load_base(base), **arguments)
+    model.train()
+    model(**batch()).logits.square().sum().backward()
+    assert all(site.leaf("default").weight.grad.abs().sum() > 0 for site in sites(model))
+    model.eval()
+    expected = noisy(model), logits(model)
+    assert not torch.allclose(*expected, atol=1e-3)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(load_base(base), tmp_path / "adapter")
+    assert torch.equal(noisy(loaded), expected[0]) and torch.equal(logits(loaded), expected[1])
+
+
+def test_noise_only_keeps_the_base_model(base: str) -> None:
+    model = adapt(load_base(base), target_modules=[])
+    assert model.peft_config["default"].noise_only
+    assert torch.equal(logits(model), logits(load_base(base)))
+    assert {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad} == {"weight"}
+    assert sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) == 4 * 32
+
+
+def test_generation_with_a_cache_equals_generation_without(model: PeftModel) -> None:
+    arguments = {**batch(padded=True), "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    cached, plain = (model.generate(**arguments, use_cache=use_cache) for use_cache in (True, False))
+    assert torch.equal(cached, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_after_a_cast(model: PeftModel, dtype: torch.dtype) -> None:
+    noisy(model)
+    drawn = noisy(model.to(dtype))
+    assert drawn.dtype == dtype and drawn.isfinite().all()
+    assert not torch.equal(drawn, logits(model))
+    model.train()
+    model(**batch()).logits.float().square().mean().backward()
+    assert all(site.leaf("default").weight.grad.isfinite().all() for site in sites(model))
+
+
+def test_a_half_precision_base_keeps_log_variances_in_fp32(base: str) -> None:
+    model = adapt(load_base(base).to(torch.bfloat16))
+    assert all(site.leaf("default").weight.dtype == torch.float32 for site in sites(model))
+    assert noisy(model).dtype == torch.bfloat16
+
+
+def gradients(model: PeftModel, trajectories: int = 1) -> list[Tensor]:
+    model.zero_grad()
+    with model.base_model.sampling(KEY, trajectories):
+        loss = model(**batch(padded=True), use_cache=False).logits.square().mean()
+    loss.backward()
+    return [parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad]
+
+
+@pytest.mark.parametrize("trajectories", [1, 2])
+@pytest.mark.filterwarnings("ignore")
+def test_activation_checkpointing_gives_the_same_gradients(model: PeftModel, trajectories: int) -> None:
+    model.train()
+    expected = gradients(model, trajectories)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert all(map(torch.equal, gradients(model, trajectories), expected))
+    model.train()
+    model(**batch(), use_cache=False).logits.sum().backward()  # outside any context too
+
+
+def test_checkpoints_around_whole_blocks(model: PeftModel, base: str, tmp_path: Path) -> None:
+    expected = noisy(model)
+    layers = model.base_model.model.model.layers
+    for index in range(4):
+        layers[index] = checkpoint_wrapper(layers[index])
+    assert torch.equal(noisy(model), expected)
+    # names are clean on saving, and the file loads into an unwrapped model
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    assert len(weights) == 4 * 7 * 2 + 2 * 2 and not any("wrapped" in name for name in weights)
+    assert torch.equal(noisy(PeftModel.from_pretrained(load_base(base), tmp_path)), expected)
+    # such a checkpoint runs the block's hooks again in the backward pass: refused where the noise would differ
+    model.train()
+    with pytest.raises(RuntimeError, match="gradient_checkpointing_enable"):
+        model(**batch(), use_cache=False).logits.sum().backward()
+
+
+def test_saving_a_noised_block_is_refused_before_anything_changes(base: str) -> None:
+    plain = load_base(base)
+    with pytest.raises(ValueError, match=r"modules_to_save=\['layers.1'\].*\['model.layers.1'\].*noise_blocks"):
+        adapt(plain, modules_to_save=["layers.1"])
+    assert not sites(plain) and not any("lora" in name for name in plain.state_dict())
+    adapt(plain, modules_to_save=["layers.1"], noise_blocks=[2, 3], target_modules=["layers.2.mlp.up_proj"])
+
+
+def test_reading_the_config(model: PeftModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    read = PeftConfig.from_pretrained(tmp_path)
+    assert isinstance(read, DIPNetConfig)
+    assert read.noise_blocks == 2 and read.noise_scale == 0.5 and read.dip_format == 1
