@@ -4,10 +4,18 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-# make quickstart CONFIG=OTHER.yaml EVAL_CONFIG=ITS_EVALUATION.yaml OUT=runs/other
+# make quickstart CONFIG=recipes/configs/quickstart_all.yaml: each method alone, and all together
 CONFIG ?= recipes/configs/quickstart.yaml
 EVAL_CONFIG ?= recipes/configs/quickstart_eval.yaml
-OUT ?= runs/quickstart
+NAME := $(basename $(notdir $(CONFIG)))
+OUT ?= runs/$(NAME)
+# The fine-tunings of a quickstart, and what each changes in CONFIG
+RUNS ?= $(if $(findstring quickstart_all,$(NAME)),lora dipnet dres icp all,lora dipnet)
+ARGS_lora := --adapter lora --dres_weight 0 --icp_weight 0
+ARGS_dipnet := --adapter dipnet --dres_weight 0 --icp_weight 0
+ARGS_dres := --adapter lora --icp_weight 0
+ARGS_icp := --adapter lora --dres_weight 0
+ARGS_all := --adapter dipnet
 LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate/one_gpu.yaml
 
 # Worker processes share the cores: one thread each, or OpenMP oversubscribes them and runs many times slower.
@@ -39,10 +47,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 quickstart: $(INSTALLED)
-	$(LAUNCH) recipes/sft.py --config $(CONFIG) --adapter lora --output_dir $(OUT)/lora
-	$(LAUNCH) recipes/sft.py --config $(CONFIG) --adapter dipnet --output_dir $(OUT)/dipnet
+	$(foreach run,$(RUNS),$(LAUNCH) recipes/sft.py --config $(CONFIG) $(ARGS_$(run)) --output_dir $(OUT)/$(run) &&) true
 	$(BIN)/python recipes/evaluate.py --config $(EVAL_CONFIG) \
-		--checkpoints base lora=$(OUT)/lora dipnet=$(OUT)/dipnet --output_dir $(OUT)
+		--checkpoints base $(foreach run,$(RUNS),$(run)=$(OUT)/$(run)) --output_dir $(OUT)
 
 quality: $(INSTALLED)
 	$(BIN)/ruff check $(CHECKED)

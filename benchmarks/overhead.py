@@ -3,22 +3,28 @@
     python benchmarks/overhead.py --preset cpu --json benchmarks/results/cpu.json
     python benchmarks/overhead.py --preset gpu --json benchmarks/results/gpu.json
 
-All arms of a shape live in one process and take turns, step by step, so that whatever else the machine does meets all of
-them alike; a time ratio is the median over rounds of an arm's step time over that of LoRA in the same round. Peak memory is
-counted by the allocator (CUDA) or from the profiler's allocation events (CPU), with parameters, gradients and optimiser
-state. The floor is the analytic cost without any overhead, (s + m(L - s))/L for m trajectories from block s of L on, as a
-multiple of the cost of LoRA; it counts blocks only.
+All arms of a shape live in one process and take turns, step by step, so that whatever else the machine does meets
+all of them alike; a time ratio is the median over rounds of an arm's step time over that of LoRA in the same round.
+Peak memory is counted by the allocator (CUDA) or from the profiler's allocation events (CPU), with parameters,
+gradients and optimiser state.
+
+The floor is the analytic cost without any overhead, as a multiple of LoRA's, in matrix products of blocks alone (a
+backward pass to the activations counts like a forward pass). m trajectories from block s of L on: (s + m(L - s))/L.
+DReS on the last quarter q of the blocks at N/K = 1.25: 1 + 1.25 q, for token placement times the MLP's share. ICP
+with one step: the gradient for the perturbation and the teacher add a backward and a forward pass, 2; from three
+quarters of the depth, every fourth step: 1 + (1/4)/4.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,27 +57,51 @@ class Shape:
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train. `start` is the first block, as a fraction of the depth, that runs `trajectories` times."""
+    """One way to train, and the cost that it cannot fall below, as a multiple of LoRA's.
+
+    Attributes:
+        floor: from the shape, see the module's docstring.
+        noise_start: first noised block as a fraction of the depth; None for plain LoRA.
+        options: fields of `DIPSFTConfig`; None for TRL's own trainer.
+    """
 
     name: str
-    trajectories: int = 1
-    start: float = 0.0
-    noise: bool = False
-    plain: bool = False
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def floor(self, depth: int) -> float:
-        """(s + m(L - s))/L."""
-        below = round(self.start * depth)
-        return (below + self.trajectories * (depth - below)) / depth
+    floor: Callable[[Shape], float]
+    noise_start: float | None = None
+    options: dict[str, Any] | None = field(default_factory=dict)
 
 
+def _trajectories(m: int, start: float) -> Arm:
+    name = f"DIPNet m={m}" + (f" from {start:g} of the depth" if start else "")
+    return Arm(name, lambda shape: start + m * (1 - start), start, {"num_trajectories": m})
+
+
+def _last_quarter(shape: Shape) -> float:
+    return math.ceil(shape.depth / 4) / shape.depth
+
+
+def _mlp_share(shape: Shape) -> float:
+    """Share of a block's matrix products that are its MLP's."""
+    config: Any = shape.config
+    width = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
+    mlp, attention = 3 * config.hidden_size * config.intermediate_size, 2 * config.hidden_size * width
+    return mlp / (mlp + attention)
+
+
+_DRES = {"dres_weight": 0.1, "dres_group_size": 4}
+_ICP = {"icp_weight": 0.1, "icp_warmup": 0.0}
 ARMS = (
-    Arm("lora", plain=True),
-    Arm("off"),
-    Arm("dipnet m=1", noise=True),
-    Arm("dipnet m=2 from half depth", 2, 0.5, noise=True, options={"num_trajectories": 2}),
-    Arm("dipnet m=4 from half depth", 4, 0.5, noise=True, options={"num_trajectories": 4}),
+    Arm("LoRA, SFTTrainer", lambda shape: 1, options=None),
+    Arm("all off", lambda shape: 1),
+    _trajectories(1, 0),
+    _trajectories(2, 0.5),
+    _trajectories(4, 0.5),
+    Arm(
+        "DReS sequence", lambda shape: 1 + 1.25 * _last_quarter(shape), options=_DRES | {"dres_placement": "sequence"}
+    ),
+    Arm("DReS token", lambda shape: 1 + 1.25 * _last_quarter(shape) * _mlp_share(shape), options=_DRES),
+    Arm("ICP T=1", lambda shape: 2, options=_ICP),
+    Arm("ICP T=1, late, every 4th", lambda shape: 1 + 0.25 / 4, options=_ICP | {"icp_interval": 4}),
 )
 
 
@@ -100,6 +130,9 @@ def _qwen3(hidden: int, intermediate: int, depth: int) -> Qwen3Config:
     )
 
 
+STEPS = 4
+"""Steps in one timing."""
+
 PRESETS = {
     "cpu": (
         Shape("Llama 192x4", _llama(192, 4), 16, 128, torch.float32),
@@ -127,9 +160,13 @@ def make_trainer(shape: Shape, arm: Arm, folder: str, device: torch.device) -> S
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(shape.config, dtype=shape.dtype).to(device)
     lora: dict[str, Any] = {"r": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    blocks = shape.depth - round(arm.start * shape.depth)
-    peft_config = DIPNetConfig(**lora, noise_blocks=blocks) if arm.noise else LoraConfig(**lora)
-    trainer_class, config_class = (SFTTrainer, SFTConfig) if arm.plain else (DIPSFTTrainer, DIPSFTConfig)
+    peft_config = LoraConfig(**lora)
+    if arm.noise_start is not None:
+        peft_config = DIPNetConfig(**lora, noise_blocks=shape.depth - round(arm.noise_start * shape.depth))
+    trainer_class, config_class = (SFTTrainer, SFTConfig) if arm.options is None else (DIPSFTTrainer, DIPSFTConfig)
+    options = dict(arm.options or {})
+    if "icp_interval" in options:
+        options["icp_start_block"] = round(0.75 * shape.depth)
     args = config_class(
         output_dir=folder,
         per_device_train_batch_size=shape.batch,
@@ -138,7 +175,7 @@ def make_trainer(shape: Shape, arm: Arm, folder: str, device: torch.device) -> S
         bf16=shape.dtype is torch.bfloat16,
         activation_checkpointing=False,
         report_to="none",
-        **arm.options,
+        **options,
     )
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(2, 1000, (shape.batch, shape.length), generator=generator).tolist()
@@ -150,7 +187,9 @@ def make_trainer(shape: Shape, arm: Arm, folder: str, device: torch.device) -> S
         peft_config=peft_config,
     )
     trainer.create_optimizer()
-    trainer.current_gradient_accumulation_steps = 1  # what Trainer's loop sets before each step
+    # What Trainer's loop would set; half way, where ICP's feature loss has its weight.
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.state.global_step, trainer.state.max_steps = 1_000_000, 2_000_000
     return trainer
 
 
@@ -160,17 +199,20 @@ def step(trainer: SFTTrainer, batch: dict[str, Tensor]) -> None:
     trainer.training_step(trainer.model, samples[0], num_items)
     trainer.optimizer.step()
     trainer.optimizer.zero_grad()
+    trainer.state.global_step += 1
 
 
 def _timed(trainer: SFTTrainer, batch: dict[str, Tensor]) -> float:
+    """Seconds a step, over as many steps as the longest interval between two alike."""
     cuda = trainer.args.device.type == "cuda"
     if cuda:
         torch.cuda.synchronize()
     start = time.perf_counter()
-    step(trainer, batch)
+    for _ in range(STEPS):
+        step(trainer, batch)
     if cuda:
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / STEPS
 
 
 def peak_memory(trainer: SFTTrainer, batch: dict[str, Tensor]) -> int:
@@ -207,7 +249,7 @@ def measure(shape: Shape, arms: tuple[Arm, ...], rounds: int, device: torch.devi
         trainers = {arm.name: make_trainer(shape, arm, folder, device) for arm in arms}
         batches = {name: next(iter(trainer.get_train_dataloader())) for name, trainer in trainers.items()}
         for name, trainer in trainers.items():
-            for _ in range(2):
+            for _ in range(STEPS):
                 step(trainer, batches[name])
         memory = {name: peak_memory(trainer, batches[name]) for name, trainer in trainers.items()}
         times: dict[str, list[float]] = {name: [] for name in trainers}
@@ -223,7 +265,7 @@ def measure(shape: Shape, arms: tuple[Arm, ...], rounds: int, device: torch.devi
             "name": f"{shape.name}: {arm.name}",
             "time_ratio": statistics.median(t / r for t, r in zip(times[arm.name], reference, strict=True)),
             "memory_ratio": memory[arm.name] / memory[arms[0].name],
-            "floor": arm.floor(shape.depth),
+            "floor": arm.floor(shape),
             "step_seconds": statistics.median(times[arm.name]),
         }
         for arm in arms
@@ -233,7 +275,7 @@ def measure(shape: Shape, arms: tuple[Arm, ...], rounds: int, device: torch.devi
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="cpu")
-    parser.add_argument("--rounds", type=int, default=21, help="timed steps per arm")
+    parser.add_argument("--rounds", type=int, default=11, help="timings per arm, of four steps each")
     parser.add_argument("--shape", help="only shapes whose name contains this")
     parser.add_argument("--json", type=Path, help="write the rows here")
     options = parser.parse_args()
@@ -241,7 +283,9 @@ def main() -> None:
     shapes = [shape for shape in PRESETS[options.preset] if not options.shape or options.shape in shape.name]
     rows = [row for shape in shapes for row in measure(shape, ARMS, options.rounds, device)]
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"\n{name}, {platform.machine()}, torch {torch.__version__}, median of {options.rounds} interleaved steps\n")
+    print(
+        f"\n{name}, {platform.machine()}, torch {torch.__version__}, median of {options.rounds} interleaved timings\n"
+    )
     print(f"{'':44}{'time':>8}{'floor':>8}{'memory':>8}{'s/step':>9}")
     for row in rows:
         print(

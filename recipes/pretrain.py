@@ -171,6 +171,7 @@ def main(args: PretrainingArguments, training: SFTConfig) -> None:
         model, args=training, train_dataset=data, processing_class=tokenizer, optimizers=(optimizer, None)
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+    model.config.use_cache = True  # the trainer turns it off
     trainer.save_model()
     model.eval()
     accuracy = {f.name: measure_accuracy(model, tokenizer, f.name, args.accuracy_examples) for f in PRETRAINING}

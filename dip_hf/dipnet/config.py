@@ -40,6 +40,9 @@ class DIPNetConfig(LoraConfig):
         ValueError: a field's value makes no sense; the message names field, value and remedy.
     """
 
+    target_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "As for LoRA; an empty list gives noise without LoRA."}
+    )
     noise_blocks: str | int | list[int] = field(
         default="all", metadata={"help": "'all', n for the last n, a list of indices, or a regular expression."}
     )

@@ -106,6 +106,8 @@ def _draw_differences(axes: Axes, blocks: tuple[Block, ...], names: Sequence[str
     axes.set_yticks(range(len(blocks)), [_short(block) for block in blocks])
     axes.set_ylim(len(blocks) - 0.5, -0.5)
     axes.margins(x=0.2)
+    low, high = axes.get_xlim()
+    axes.set_xlim(min(low, -1), max(high, 1))  # where nothing differs there is no scale to take from the data
     compared = f"{names[-1]} minus {names[reference]}" if len(later) == 1 else f"Difference to {names[reference]}"
     axes.set_title(f"{compared}, same items")
     axes.set_xlabel("percentage points (95% interval)")

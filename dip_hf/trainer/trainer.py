@@ -124,7 +124,8 @@ class DIPSFTTrainer(SFTTrainer):
                     folded,
                     num_items_in_batch=None if num_items_in_batch is None else num_items_in_batch * trajectories,
                 )
-            terms, values = [Term("task", task * steps, weight, 1 / steps)], {}
+            terms = [Term("task", task * steps, weight, 1 / steps)]
+            values: dict[str, float] = {}
             if noise is not None:  # before ICP's second pass, which writes over what the first left
                 more, values = self._dipnet_terms(noise, inputs["labels"], num_items_in_batch, steps)
                 terms += more

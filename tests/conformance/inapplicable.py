@@ -75,10 +75,7 @@ OTHER: Sequence[Inapplicable] = [
     Inapplicable(_CUSTOM + "test_set_requires_grad_trainable_tokens", _OTHER_METHOD),
     *(
         Inapplicable(f"TestRequiresGrad::test_requires_grad_{method}_*", _OTHER_METHOD)
-        for method in (
-            ["ia3", "adalora", "loha", "lokr", "oft", "hra", "miss", "boft", "lntuning", "vera", "pvera", "randlora"]
-            + ["vblora", "fourierft"]
-        )
+        for method in "ia3 adalora loha lokr oft hra miss boft lntuning vera pvera randlora vblora fourierft".split()
     ),
     Inapplicable("TestDefaultTargetModules::test_default_target_modules_osf", _OTHER_METHOD),
 ]

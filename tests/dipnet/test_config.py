@@ -122,7 +122,7 @@ def saved(tmp_path: Path) -> Path:
 def test_an_adapter_of_a_newer_format(saved: Path) -> None:
     file = saved / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"dip_format": 7, "an_option_of_the_future": 1}))
-    with pytest.raises(ValueError, match="dip_format=7: .*upgrade dip_hf"):
+    with pytest.raises(ValueError, match=r"dip_format=7: .*upgrade dip_hf"):
         PeftModel.from_pretrained(build(), saved)
 
 
@@ -130,9 +130,9 @@ def test_a_damaged_or_pickled_adapter_is_not_loaded(saved: Path) -> None:
     weights = saved / "adapter_model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match="adapter_model.safetensors is truncated or damaged"):
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors is truncated or damaged"):
         PeftModel.from_pretrained(build(), saved)
     weights.unlink()
     torch.save({}, saved / "adapter_model.bin")
-    with pytest.raises(ValueError, match="adapter_model.bin is a pickled weight file"):
+    with pytest.raises(ValueError, match=r"adapter_model.bin is a pickled weight file"):
         PeftModel.from_pretrained(build(), saved)

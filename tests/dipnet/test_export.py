@@ -1,4 +1,4 @@
-"""An exported adapter is plain LoRA with the noise-free pass's logits; what cannot be one is refused, nothing written."""
+"""An exported adapter is plain LoRA with the noise-free logits; what cannot be one is refused, and nothing written."""
 
 from __future__ import annotations
 
