@@ -114,7 +114,21 @@ def test_gradient_of_std_is_the_sum_of_gradient_times_noise(dtype: torch.dtype) 
     grad = torch.randn(6, 4, 5).to(dtype)
     noise = torch.cat([gaussian((3, 4, 5), derive_seed(KEY.tensor(), 2, j), CPU) for j in range(2)])
     expected = (grad.float() * noise).sum((0, 1))
-    torch.testing.assert_close(noise_gradient(grad, KEY.tensor(), 2, 2), expected, rtol=1e-5, atol=1e-5)
+    tolerance = 24 * torch.finfo(dtype).eps  # a product of a gradient and noise, both of that dtype, 24 times
+    torch.testing.assert_close(noise_gradient(grad, KEY.tensor(), 2, 2), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_pieces_join_to_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    v, std = torch.randn(4, 7, 5, requires_grad=True), torch.ones(5, requires_grad=True)
+    results = []
+    for piece in (1, 40, 10**6):
+        monkeypatch.setattr("dip_hf.noise._PIECE", piece)
+        noisy = add_noise(v, std, KEY.tensor(), 0, 2)
+        results.append((noisy, *torch.autograd.grad(noisy.square().sum(), (v, std))))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-5)
+    noise = torch.cat([gaussian((2, 7, 5), derive_seed(KEY.tensor(), 0, j), CPU) for j in range(2)])
+    torch.testing.assert_close(results[0][0], v + noise)
 
 
 def test_backward_keeps_nothing_as_large_as_the_input() -> None:

@@ -108,7 +108,7 @@ class DIPNetModel(LoraModel):
         assert config.block_names is not None  # resolved above
         name = config.block_names[layer]
         block = model.get_submodule(name)
-        site = block._modules.get(SITE_NAME)
+        site = getattr(block, SITE_NAME, None)  # not from _modules: a compiled block passes the question on
         if not isinstance(site, NoiseSite):
             site = NoiseSite(layer, _input_size(model, block, name), self.noise_state(model))
             site.attach(block, SITE_NAME)

@@ -72,22 +72,12 @@ PRETRAINING: tuple[Family, ...] = (
 FINETUNING: tuple[Family, ...] = (
     Family("word_sequence_reversal", {"min_words": 2, "max_words": 4}, {"min_words": 5, "max_words": 6}),
     Family("spiral_matrix", {"min_n": 2, "max_n": 3}, {"min_n": 4, "max_n": 4}),
-    Family("lcm", {"min_value": 1, "max_value": 60}, {"min_value": 50, "max_value": 120}),
-    Family("count_bits", {"max_n": 9999}, {"min_n": 10000, "max_n": 99999}),
     Family("palindrome_generation", {"min_length": 3, "max_length": 6}, {"min_length": 7, "max_length": 9}),
-    Family("binary_alternation", {"min_n": 6, "max_n": 14}, {"min_n": 16, "max_n": 20}),
-    Family("complex_arithmetic", {"operations_weights": (0.5, 0.5, 0.0, 0.0)}, {"max_real": 30, "max_imag": 30}),
-    Family(
-        "fraction_simplification",
-        {"min_value": 1, "max_value": 30, "min_factor": 2, "max_factor": 10, "styles": ("plain",)},
-        {"min_value": 30, "max_value": 60},
-    ),
     Family(
         "number_sorting",
         {"min_numbers": 3, "max_numbers": 4, "max_decimals": 0, "min_value": 0, "max_value": 99},
         {"min_numbers": 5, "max_numbers": 6},
     ),
-    Family("simple_geometry", {"min_sides": 3, "max_sides": 3}, {"min_sides": 4, "max_sides": 4}),
 )
 
 UNSEEN: tuple[Family, ...] = (
@@ -98,9 +88,6 @@ UNSEEN: tuple[Family, ...] = (
         {"min_value": 1000, "max_value": 9999},
     ),
     Family("count_primes", {"max_n": 200}, {"min_n": 200, "max_n": 1000}),
-    Family(
-        "number_format", {"max_num_candidates": 3, "max_n": 10000}, {"min_num_candidates": 4, "max_num_candidates": 5}
-    ),
     Family("time_intervals", {"task_types": ["time"]}, {"task_types": ["time_seconds"]}),
 )
 

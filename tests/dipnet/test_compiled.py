@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def test_the_whole_model(model: PeftModel, trajectories: int) -> None:
     counter = Counter()
     compiled = torch.compile(model, backend=counter)
     graphs = []
-    for number in range(6):
+    for number in range(4):
         key = NoiseKey(1, step=number)
         logits, gradients = step(compiled, model, key, trajectories)
         expected, theirs = step(model, model, key, trajectories)
@@ -76,10 +77,10 @@ def test_noise_outside_a_context_changes_without_compiling_anew(model: PeftModel
     compiled = torch.compile(model, backend=counter)
     with torch.no_grad():
         passes, graphs = [], []
-        for _ in range(6):
+        for _ in range(4):
             passes.append(compiled(**batch(), use_cache=False).logits)
             graphs.append(counter.graphs)
-    assert not any(torch.equal(one, other) for one, other in zip(passes, passes[1:], strict=False))
+    assert not any(torch.equal(one, other) for one, other in pairwise(passes))
     assert graphs[-1] == graphs[2] > 0
 
 
@@ -91,8 +92,7 @@ def test_gradients_through_aot_autograd(model: PeftModel) -> None:
     torch.testing.assert_close(gradients, theirs, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("trajectories", [1, 2])
-def test_blocks_one_by_one(model: PeftModel, tmp_path: Path, trajectories: int) -> None:
+def test_blocks_one_by_one(model: PeftModel, tmp_path: Path, trajectories: int = 2) -> None:
     key = NoiseKey(1)
     expected, theirs = step(model, model, key, trajectories)
     layers = model.base_model.model.model.layers
@@ -112,14 +112,15 @@ def test_blocks_one_by_one(model: PeftModel, tmp_path: Path, trajectories: int) 
     torch.testing.assert_close(step(plain, plain, key, trajectories)[0], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_blocks_compiled_in_place(model: PeftModel) -> None:
+def test_blocks_compiled_in_place() -> None:
+    """The second block has no noise of its own, so that nothing but the number of its rows tells m to its code."""
+    model = adapt(build(num_hidden_layers=2), noise_blocks=[0], target_modules=["q_proj"]).train()
     key = NoiseKey(1)
-    model.delete_adapter("default")
-    model.add_adapter("late", adapt(build(num_hidden_layers=2)).peft_config["default"])
-    model.base_model.peft_config["late"].noise_blocks = [0]
+    with model.base_model.sampling(key):
+        model(**batch())
+    expected = {trajectories: step(model, model, key, trajectories)[0] for trajectories in (1, 2)}
+    for layer in model.base_model.model.model.layers:
+        layer.compile(backend="eager")
     for trajectories in (1, 2, 1):
-        expected, _ = step(model, model, key, trajectories)
-        for layer in model.base_model.model.model.layers:
-            layer.compile(backend="eager")
         logits, _ = step(model, model, key, trajectories)
-        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logits, expected[trajectories], rtol=1e-4, atol=1e-5)
