@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dip_hf.dipnet.functional import token_rms
+from dip_hf.dipnet.trajectories import repeat_rows
 from dip_hf.noise import NoiseKey, add_noise
 from dip_hf.peft_compat import BaseTunerLayer, check_adapters_to_merge
 
@@ -26,6 +27,7 @@ class NoiseState:
         sampling: whether a `sampling` context is open: noise is then on in evaluation too, under that context's key.
         last_layer: index of the last block that drew noise outside such a context: a block not above it belongs to
             a new forward pass, which gets a new key. Starts above every block.
+        attention_mask: of the current forward pass, shape (batch, length), nonzero where valid; None where unknown.
         log_variances: per block index the log-variance of this context's pass, relative to the squared RMS, with its
             gradient, and that RMS. Written by the sites, because under FSDP and ZeRO-3 a parameter is whole only
             while its module runs.
@@ -35,6 +37,7 @@ class NoiseState:
     trajectories: int = 1
     sampling: bool = False
     last_layer: int = 1 << 30
+    attention_mask: Tensor | None = None
     log_variances: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def enter_layer(self, layer: int, seed: int) -> None:
@@ -76,7 +79,7 @@ class LogVariance(nn.Module):
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """The relative log-variance, shape (d,), fp32, and the standard deviation rms · exp(weight / 2)."""
-        weight = self.weight.float()
+        weight = self.weight.float().clone()  # outlives the pass, where FSDP frees the gathered parameter
         return weight, self.rms.float() * (weight / 2).exp()
 
 
@@ -188,10 +191,19 @@ class NoiseSite(nn.Module, BaseTunerLayer):
     def _calibrate(self, name: str, leaf: LogVariance, hidden_states: Tensor) -> None:
         """Measure the RMS of the block's input, once; a loaded adapter brings its own. Averaged over ranks."""
         if not leaf.rms.item() > 0:
+            mask = self.state.attention_mask
+            if mask is not None and mask.dim() == 2:
+                mask = repeat_rows(mask.bool(), self.state.trajectories)
+                hidden_states = hidden_states[mask] if mask.shape == hidden_states.shape[:2] else hidden_states
             mean_square = token_rms(hidden_states).square().reshape(1)
             if dist.is_initialized():
                 dist.all_reduce(mean_square)
                 mean_square /= dist.get_world_size()
+            if not mean_square.item() > 0:
+                raise ValueError(
+                    f"noise_scale: the input of block {self.layer} has RMS {mean_square.sqrt().item()} on the first "
+                    "batch, which is no scale for noise; leave this block out of noise_blocks."
+                )
             leaf.rms.copy_(mean_square.sqrt())
         self.calibrated.add(name)
 

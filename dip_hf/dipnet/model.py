@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -24,8 +24,9 @@ def _input_size(model: nn.Module, block: nn.Module, name: str) -> int:
     """d, the last dimension of a block's input."""
     if isinstance(block, BaseTunerLayer):  # a block that is itself a LoRA target
         block = block.get_base_layer()
-    if isinstance(block, nn.Linear):
-        return block.in_features
+    size = getattr(block, "in_features", None)
+    if isinstance(size, int):
+        return size
     if hasattr(model, "config") and hasattr(model.config, "get_text_config"):
         config: Any = model.config
         return config.get_text_config(decoder=True).hidden_size
@@ -99,7 +100,7 @@ class DIPNetModel(LoraModel):
         """Move a site from a block that a later adapter's LoRA has wrapped to the wrapper: LoRA sees the noise too."""
         block = model.get_submodule(name.rpartition(".")[0])
         if SITE_NAME not in block._modules:
-            site.detach(cast(BaseTunerLayer, block).get_base_layer(), SITE_NAME)
+            site.detach(next(m for m in block.modules() if m._modules.get(SITE_NAME) is site), SITE_NAME)
             site.attach(block, SITE_NAME)
 
     def _add_site(
@@ -136,6 +137,15 @@ class DIPNetModel(LoraModel):
 
     def _sites(self) -> list[NoiseSite]:
         return [module for module in self.model.modules() if isinstance(module, NoiseSite)]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As PEFT's; the sites learn which tokens are padding, which must not count in the noise's scale."""
+        state = self.noise_state(self.model)
+        state.attention_mask = kwargs.get("attention_mask")
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            state.attention_mask = None
 
     def block_names(self) -> list[str]:
         """Module names of all decoder blocks, in order of depth."""

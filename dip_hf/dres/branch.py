@@ -58,6 +58,29 @@ def find_mlp(name: str, block: nn.Module) -> tuple[str, nn.Module]:
     return f"{name}.{child}", mlp
 
 
+def coded_size(placement: str, group_size: int, oversampling: float) -> int:
+    """N, the number of coded samples; arguments as for `DReSBranch`.
+
+    Raises:
+        ValueError: a value that cannot work in any model; names field, value and remedy.
+    """
+    if placement not in ("sequence", "token"):
+        raise ValueError(f"dres_placement={placement!r} must be one of sequence, token.")
+    if not isinstance(group_size, int) or group_size < 2:
+        raise ValueError(f"dres_group_size={group_size} must be at least 2: one sample leaves no path.")
+    if not 1 <= oversampling < math.inf:
+        raise ValueError(
+            f"dres_oversampling={oversampling} must be at least 1: with fewer coded samples than samples the "
+            "error measures the interpolation and not the curvature; 1.25 to 1.5 is usual."
+        )
+    size = math.ceil(round(oversampling * group_size, 9))
+    try:
+        coding_matrices(group_size, size)
+    except ValueError as error:
+        raise ValueError(f"dres_oversampling={oversampling}: {error}") from error
+    return size
+
+
 class DReSBranch:
     """A coded branch through some of a model's blocks, run inside a forward pass of the model.
 
@@ -90,23 +113,10 @@ class DReSBranch:
         detach_target: bool = False,
         block_names: Sequence[str] | None = None,
     ) -> None:
-        if placement not in ("sequence", "token"):
-            raise ValueError(f"dres_placement={placement!r} must be one of sequence, token.")
-        if group_size < 2:
-            raise ValueError(f"dres_group_size={group_size} must be at least 2: one sample leaves no path.")
-        if not 1 <= oversampling < math.inf:
-            raise ValueError(
-                f"dres_oversampling={oversampling} must be at least 1: with fewer coded samples than samples the "
-                "error measures the interpolation and not the curvature; 1.25 to 1.5 is usual."
-            )
         self.placement = placement
         self.group_size = group_size
-        self.coded_size = math.ceil(round(oversampling * group_size, 9))
+        self.coded_size = coded_size(placement, group_size, oversampling)
         self.detach_target = detach_target
-        try:
-            coding_matrices(group_size, self.coded_size)
-        except ValueError as error:
-            raise ValueError(f"dres_oversampling={oversampling}: {error}") from error
         names = list(block_names or find_decoder_blocks(model))
         chosen = select_blocks(names, -(-len(names) // 4) if blocks is None else blocks, "dres_blocks")
         self.blocks = {names[index]: model.get_submodule(names[index]) for index in chosen}

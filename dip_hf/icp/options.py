@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from dip_hf.icp.functional import POSITIONS, UPDATES, WEIGHTINGS, term_weights
@@ -41,14 +42,15 @@ class ICPOptions:
     warmup: float = 0.25
 
     def __post_init__(self) -> None:
-        if not self.weight >= 0:
+        if not 0 <= self.weight < math.inf:
             raise ValueError(f"icp_weight={self.weight} must not be negative; 0 turns ICP off.")
         for name in ("steps", "layers", "interval"):
-            if getattr(self, name) < 1:
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(
-                    f"icp_{name}={getattr(self, name)} must be at least 1; to turn ICP off set icp_weight to 0."
+                    f"icp_{name}={getattr(self, name)} must be a whole number, at least 1; to turn ICP off set "
+                    "icp_weight to 0."
                 )
-        if not self.epsilon > 0:
+        if not 0 < self.epsilon < math.inf:
             raise ValueError(
                 f"icp_epsilon={self.epsilon} must be positive, for instance 0.03; to turn ICP off set icp_weight to 0."
             )

@@ -64,6 +64,8 @@ class DataArguments(ScriptArguments):
             )
         if self.families is None and self.dataset_name is None:
             raise ValueError("families and dataset_name are both missing: give one of them to say what to train on")
+        if self.families is not None and not self.families:
+            raise ValueError("families=[] is empty: name at least one reasoning family, or remove it")
         for name in ("train_size", "eval_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")

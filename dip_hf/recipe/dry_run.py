@@ -18,6 +18,8 @@ from transformers.training_args import OptimizerNames
 
 from dip_hf.blocks import select_blocks
 from dip_hf.dipnet import DIPNetConfig
+from dip_hf.dres import DReSBranch
+from dip_hf.icp import ICPBranch
 from dip_hf.recipe.arguments import AdapterArguments, DataArguments
 from dip_hf.recipe.data import is_local, load_train_dataset
 from dip_hf.recipe.gsm8k import TRAIN_ROWS as GSM8K_TRAIN_ROWS
@@ -55,12 +57,31 @@ def describe_run(
     peft_config = adapter.peft_config()
     tuned: nn.Module = model if peft_config is None else get_peft_model(model, peft_config)
     yield from _describe_adapter(tuned, training, adapter)
+    yield from _describe_second_passes(model, training)
 
     rows, lines = _describe_data(data, training)
     yield from lines
     yield from _describe_steps(rows, training)
     yield from _describe_optimizer(tuned, training)
     yield f"output      {training.output_dir} (not made in a dry run)"
+
+
+def _describe_second_passes(model: PreTrainedModel, training: DIPSFTConfig) -> Iterator[str]:
+    """DReS's and ICP's part of the run, built as the trainer would."""
+    if training.dres_weight > 0:
+        dres = DReSBranch(model, **training.dres_options())
+        padding_free = training.padding_free or (training.packing and training.packing_strategy != "wrapped")
+        dres.check(training.per_device_train_batch_size, padding_free)
+        yield (
+            f"DReS        weight {training.dres_weight}, {dres.placement} placement through "
+            f"{', '.join(dres.modules)}, K = {dres.group_size}, N = {dres.coded_size}"
+        )
+    if training.icp_weight > 0:
+        icp = ICPBranch(model, training.icp_options())
+        yield (
+            f"ICP         weight {training.icp_weight}, {training.icp_steps} step(s) of {training.icp_epsilon} from "
+            f"block {training.icp_start_block}, every {training.icp_interval} step(s), comparing blocks {icp.layers}"
+        )
 
 
 def build_on_meta(config: PretrainedConfig, dtype: str | None) -> PreTrainedModel:

@@ -8,6 +8,16 @@ from trl import SFTTrainer
 from dip_hf.trainer.config import DIPSFTConfig
 
 
+# What text configs call a change of the logits after the head
+_LOGIT_CHANGES = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "output_multiplier",
+)
+
+
 def check_dataset(name: str, dataset: object) -> None:
     """
     Args:
@@ -57,6 +67,16 @@ def check_noise_setup(trainer: SFTTrainer, args: DIPSFTConfig) -> None:
             "fsdp_activation_checkpointing=True recomputes a block's hooks without their noise; set it to False and "
             "use activation_checkpointing=True in the training arguments."
         )
+    if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version == 1:
+        raise ValueError(
+            "fsdp_version=1 flattens the parameters that DIPNet's objective reads; set fsdp_version to 2."
+        )
+    parallelism = trainer.accelerator.parallelism_config
+    if parallelism is not None and (parallelism.tp_enabled or parallelism.cp_enabled or parallelism.sp_enabled):
+        raise ValueError(
+            f"parallelism_config={parallelism}: with tensor, context or sequence parallelism the ranks of one batch "
+            "would draw different noise; use data parallelism (DDP, FSDP2, ZeRO)."
+        )
     if args.num_trajectories == 1:
         return
     if trainer.aux_loss_enabled:
@@ -69,6 +89,13 @@ def check_noise_setup(trainer: SFTTrainer, args: DIPSFTConfig) -> None:
         raise ValueError(
             f"num_trajectories={args.num_trajectories} does not work with attn_implementation={attention!r}, whose "
             "masks cannot be repeated; use 'sdpa' or a flash attention."
+        )
+    scaled = trainer.model.config.get_text_config().to_dict()
+    changes = [name for name in _LOGIT_CHANGES if scaled.get(name) not in (None, 1.0)]
+    if args.stability_weight > 0 and changes:
+        raise ValueError(
+            f"stability_weight={args.stability_weight} takes the logits for a linear function of the hidden states, "
+            f"but this model has {', '.join(changes)}; set stability_weight to 0."
         )
     if args.stability_weight > 0 and trainer.is_deepspeed_enabled:
         raise ValueError(
@@ -94,4 +121,37 @@ def check_second_pass(trainer: SFTTrainer) -> None:
         raise ValueError(
             "activation_checkpointing_kwargs={'use_reentrant': True} does not work with dres_weight or icp_weight, "
             "which pass through blocks twice; set use_reentrant to False."
+        )
+    if trainer.args.icp_weight > 0 and trainer.args.activation_offloading:
+        raise ValueError(
+            "activation_offloading=True does not work with icp_weight, which reads the saved activations twice; use "
+            "activation_checkpointing=True instead, or set icp_weight to 0."
+        )
+    if trainer.args.icp_steps > 1 and trainer.args.loss_type != "nll" and trainer.args.icp_weight > 0:
+        raise ValueError(
+            f"icp_steps={trainer.args.icp_steps} descends on loss_type='nll', but loss_type="
+            f"{trainer.args.loss_type!r}; set icp_steps to 1."
+        )
+    if trainer.args.icp_positions == "prompt" and isinstance(trainer.train_dataset, Dataset):
+        rows = trainer.train_dataset.select(range(min(100, len(trainer.train_dataset))))
+        if "labels" in rows.column_names and not any(-100 in labels for labels in rows["labels"]):
+            raise ValueError(
+                "icp_positions='prompt' perturbs tokens without a label, but every token of train_dataset has one; "
+                "give prompts and completions, or set icp_positions to 'all'."
+            )
+
+
+def check_one_loss_pass(trainer: SFTTrainer, has_loss_function: bool) -> None:
+    """
+    Args:
+        has_loss_function: whether the trainer was given a `compute_loss_func`.
+
+    Raises:
+        ValueError: a loss for which TRL runs a second pass, whose hidden states would be taken for the first's.
+    """
+    if has_loss_function or trainer.args.label_smoothing_factor > 0:
+        name = "compute_loss_func" if has_loss_function else "label_smoothing_factor"
+        raise ValueError(
+            f"{name} makes TRL run a second forward pass, which the regularisers cannot tell from the first; leave it "
+            "unset, or turn the regularisers off."
         )

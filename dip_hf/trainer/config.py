@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from trl import SFTConfig
 
 from dip_hf.blocks import parse_blocks
+from dip_hf.dres.branch import coded_size
 from dip_hf.icp.options import ICPOptions
 
 
@@ -68,7 +70,7 @@ class DIPSFTConfig(SFTConfig):
         metadata={"help": "Unit of the penalised variance.", "choices": ["relative", "absolute"]},
     )
     noise_learning_rate: float = field(
-        default=1e-2, metadata={"help": "Learning rate of the log-variances, without weight decay."}
+        default=1e-3, metadata={"help": "Learning rate of the log-variances, without weight decay."}
     )
 
     dres_weight: float = field(default=0.0, metadata={"help": "μ, weight of DReS's reconstruction error; 0 is off."})
@@ -102,17 +104,18 @@ class DIPSFTConfig(SFTConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.icp_options()
-        if not self.dres_weight >= 0:
+        coded_size(self.dres_placement, self.dres_group_size, self.dres_oversampling)
+        if not 0 <= self.dres_weight < math.inf:
             raise ValueError(f"dres_weight={self.dres_weight} must not be negative; 0 turns DReS off.")
-        if self.num_trajectories < 1:
-            raise ValueError(f"num_trajectories={self.num_trajectories} must be at least 1.")
+        if not isinstance(self.num_trajectories, int) or self.num_trajectories < 1:
+            raise ValueError(f"num_trajectories={self.num_trajectories} must be a whole number, at least 1.")
         for name in ("variance_weight", "log_variance_weight"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(
                     f"{name}={getattr(self, name)} must be positive, or the variances vanish or explode; for noise of "
                     "fixed scale use `DIPNetConfig(learn_noise=False)`."
                 )
-        if not self.stability_weight >= 0:
+        if not 0 <= self.stability_weight < math.inf:
             raise ValueError(f"stability_weight={self.stability_weight} must not be negative; 0 turns it off.")
         if self.stability_weight > 0 and self.num_trajectories < 2:
             raise ValueError(
@@ -122,7 +125,7 @@ class DIPSFTConfig(SFTConfig):
         for name, choices in (("penalty_reduction", ("mean", "sum")), ("penalty_unit", ("relative", "absolute"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(choices)}.")
-        if not self.noise_learning_rate > 0:
+        if not 0 < self.noise_learning_rate < math.inf:
             raise ValueError(
                 f"noise_learning_rate={self.noise_learning_rate} must be positive; to freeze the noise use "
                 "`DIPNetConfig(learn_noise=False)`."

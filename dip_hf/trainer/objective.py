@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,12 +12,18 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from dip_hf.dipnet.export import NOISE_PREFIX
 from dip_hf.dipnet.functional import output_variance, variance_penalty
 from dip_hf.dipnet.model import DIPNetModel
 from dip_hf.dipnet.trajectories import repeat_rows
 from dip_hf.noise import NoiseKey
 from dip_hf.trainer.config import DIPSFTConfig
 from dip_hf.trainer.terms import Term, batch_mean, token_mean
+
+
+def log_variances(model: PeftModel) -> dict[str, nn.Parameter]:
+    """The model's log-variances by parameter name."""
+    return {name: parameter for name, parameter in model.named_parameters() if f".{NOISE_PREFIX}" in name}
 
 
 class DIPNetObjective:
@@ -28,8 +35,22 @@ class DIPNetObjective:
     """
 
     def __init__(self, model: PeftModel, args: DIPSFTConfig) -> None:
+        self.model = model
         self.tuner: DIPNetModel = model.base_model
         self.args = args
+
+    def restore_precision(self, given: dict[str, Tensor]) -> None:
+        """Make the log-variances fp32 again: `SFTTrainer` casts the adapter of a quantised model to bf16.
+
+        Args:
+            given: copies of their values before the cast, by name; those that are new get their initial value.
+        """
+        for name, parameter in log_variances(self.model).items():
+            if parameter.dtype != torch.float32:
+                value = given.get(name)
+                scale = self.tuner.peft_config[name.split(".")[-2]].noise_scale
+                initial = torch.full_like(parameter, 2 * math.log(scale), dtype=torch.float32)
+                parameter.data = initial if value is None else value.to(parameter.device, torch.float32)
 
     @contextmanager
     def sampling(self, key: NoiseKey) -> Iterator[DIPNetPass]:
@@ -71,17 +92,19 @@ class DIPNetPass:
 
     def keep_hidden_states(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Forward hook of the backbone."""
-        self.hidden_states = output.last_hidden_state
+        if torch.is_grad_enabled():  # not of a further pass that only feeds metrics
+            self.hidden_states = output.last_hidden_state
 
     def penalty(self, accumulation_steps: int) -> tuple[Term, dict[str, float]]:
         """Eq. 4's penalty as one term, and what to log beside it: its raw parts and each block's noise level.
 
         Noise levels are mean standard deviations relative to the RMS of the block's input.
         """
-        relative = torch.stack([weight for weight, _ in self.log_variances.values()])
+        device = next(iter(self.log_variances.values()))[0].device  # a model may be split over several
+        relative = torch.stack([weight.to(device) for weight, _ in self.log_variances.values()])
         rho = relative
         if self.args.penalty_unit == "absolute":
-            rho = relative + 2 * torch.stack([rms for _, rms in self.log_variances.values()]).float().log()
+            rho = relative + 2 * torch.stack([rms.to(device) for _, rms in self.log_variances.values()]).float().log()
         penalty, variance, log_variance = variance_penalty(
             rho, self.args.variance_weight, self.args.log_variance_weight, self.args.penalty_reduction
         )

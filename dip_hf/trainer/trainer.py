@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -13,15 +13,20 @@ from torch import Tensor
 from transformers import TrainingArguments
 from trl import SFTTrainer
 
-from dip_hf.dipnet.export import NOISE_PREFIX
 from dip_hf.dipnet.model import DIPNetModel
 from dip_hf.dres import DReSBranch
 from dip_hf.icp import ICPBranch
 from dip_hf.icp.functional import compared_tokens
 from dip_hf.noise import NoiseKey
-from dip_hf.trainer.checks import check_dataset, check_noise_setup, check_nothing_dropped, check_second_pass
+from dip_hf.trainer.checks import (
+    check_dataset,
+    check_noise_setup,
+    check_nothing_dropped,
+    check_one_loss_pass,
+    check_second_pass,
+)
 from dip_hf.trainer.config import DIPSFTConfig
-from dip_hf.trainer.objective import DIPNetObjective, DIPNetPass, fold_labels
+from dip_hf.trainer.objective import DIPNetObjective, DIPNetPass, fold_labels, log_variances
 from dip_hf.trainer.optimizer import noise_group
 from dip_hf.trainer.terms import Term, batch_mean, token_mean
 
@@ -60,6 +65,11 @@ class DIPSFTTrainer(SFTTrainer):
             tokens = {field.name: getattr(args, field.name) for field in fields(args) if field.name.endswith("_token")}
             args = DIPSFTConfig(**{**args.to_dict(), **tokens})
         check_dataset("train_dataset", train_dataset)
+        eval_dataset = kwargs.get("eval_dataset")
+        for name, dataset in eval_dataset.items() if isinstance(eval_dataset, dict) else [("", eval_dataset)]:
+            check_dataset(f"eval_dataset {name}".strip(), dataset)
+        known = log_variances(model) if isinstance(model, PeftModel) else {}
+        given = {name: parameter.detach().clone() for name, parameter in known.items()}
         super().__init__(model, args=args, train_dataset=train_dataset, **kwargs)
         check_nothing_dropped(self, train_dataset)
         self._micro_step = (-1, -1)  # (global step, index of its micro-batch)
@@ -71,9 +81,7 @@ class DIPSFTTrainer(SFTTrainer):
             check_noise_setup(self, args)
             self.dipnet = DIPNetObjective(self.model, args)
             block_names = self.dipnet.tuner.block_names()
-            for name, parameter in self.model.named_parameters():
-                if f".{NOISE_PREFIX}" in name:
-                    parameter.data = parameter.data.float()  # SFTTrainer casts a quantised model's adapter to bf16
+            self.dipnet.restore_precision(given)
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         if args.dres_weight > 0:
             self.dres = DReSBranch(base, **args.dres_options(), block_names=block_names)
@@ -82,6 +90,8 @@ class DIPSFTTrainer(SFTTrainer):
             self.icp = ICPBranch(base, args.icp_options(), block_names=block_names)
         if self.dres is not None or self.icp is not None:
             check_second_pass(self)
+        if self.dipnet is not None or self.dres is not None or self.icp is not None:
+            check_one_loss_pass(self, kwargs.get("compute_loss_func") is not None)
 
     def compute_loss(
         self,
@@ -104,12 +114,13 @@ class DIPSFTTrainer(SFTTrainer):
 
     def _regularised_loss(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None) -> Tensor:
         """The task loss and the regularisers' terms, all of them from one forward pass (and ICP's teacher)."""
-        progress, key = self.state.global_step / self.state.max_steps, self._noise_key()
+        key = self._noise_key()
         # Without a count TRL takes the mean over the micro-batch, and Trainer divides the loss by the number of steps.
         steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
-        weight, feature_weight = (1.0, 0.0) if self.icp is None else self.icp.options.term_weights(progress)
-        icp = self.icp
-        if icp is not None and (feature_weight == 0 or not icp.options.due(self.state.global_step)):
+        icp, weight, feature_weight = self.icp, 1.0, 0.0
+        if icp is not None and icp.options.due(self.state.global_step):
+            weight, feature_weight = icp.options.term_weights(self.state.global_step / self.state.max_steps)
+        if feature_weight == 0:
             icp = None  # nothing to distil in this step
         trajectories = 1 if self.dipnet is None else self.args.num_trajectories
         folded = fold_labels(inputs, trajectories)
@@ -136,7 +147,7 @@ class DIPSFTTrainer(SFTTrainer):
                 total, tokens = icp.loss(clean, inputs, task, lambda: again().loss)
                 terms.append(self._feature_term(total, tokens, feature_weight, num_items_in_batch, steps))
         self._log_terms(terms, values)
-        return torch.stack([term.loss for term in terms]).sum()
+        return torch.stack([term.loss.to(task.device) for term in terms]).sum()
 
     def _feature_term(
         self, total: Tensor, tokens: Tensor, weight: float, num_items: Tensor | int | None, steps: int
@@ -183,10 +194,12 @@ class DIPSFTTrainer(SFTTrainer):
         """Check every term, then note it raw and weighted, and further values as they are, for the next log line."""
         metrics = self._metrics["train"]
         # Not `gather_for_metrics`, which takes the terms for examples and cuts them to the size of a short last batch.
-        values_here = torch.stack([term.value.detach().float() for term in terms])
-        means = self.accelerator.reduce(values_here, reduction="mean")
-        for term, mean in zip(terms, means.tolist(), strict=True):
-            term.check_finite(self.state.global_step)
+        here = torch.stack([term.value.detach().float().to(terms[0].value.device) for term in terms])
+        reduced = self.accelerator.reduce(here, reduction="mean")
+        for term, value, mean in zip(terms, reduced, reduced.tolist(), strict=True):
+            replace(term, value=value).check_finite(
+                self.state.global_step
+            )  # the mean, so that all ranks stop together
             metrics[term.name].append(mean)
             if term.weight != 1:
                 metrics[f"{term.name}_weighted"].append(mean * term.weight)

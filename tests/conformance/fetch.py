@@ -35,8 +35,11 @@ def fetch() -> Path:
         with tarfile.open(archive) as content:
             content.extractall(scratch, filter="data")
         (unpacked,) = Path(scratch).glob("peft-*/tests")
-        if not target.exists():
+        try:
             unpacked.rename(target)
+        except OSError:  # another process was faster
+            if not (target / SUITE).is_file():
+                raise
     return target
 
 
