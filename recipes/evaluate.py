@@ -17,9 +17,10 @@ from typing import Any
 from trl import TrlParser
 
 from dip_hf.evaluation.checkpoints import Checkpoint
-from dip_hf.evaluation.report import make_report, to_text, write_report
+from dip_hf.evaluation.report import make_report, to_text
 from dip_hf.evaluation.results import EvaluationSettings
 from dip_hf.evaluation.run import evaluate_checkpoints, prepare_tasks
+from dip_hf.evaluation.write import write_report
 
 
 @dataclass

@@ -7,7 +7,6 @@ import math
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -267,16 +266,3 @@ def to_json(report: Report) -> str:
         ],
     }
     return json.dumps(content, indent=2, allow_nan=False) + "\n"
-
-
-def write_report(report: Report, folder: str | Path) -> list[Path]:
-    """Write report.json, report.md and report.png into `folder`, made where it is missing; return their paths."""
-    from dip_hf.evaluation.picture import draw  # which imports this module
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"report.{suffix}" for suffix in ("json", "md", "png")]
-    paths[0].write_text(to_json(report), encoding="utf-8")
-    paths[1].write_text(to_markdown(report, paths[2].name), encoding="utf-8")
-    draw(report, paths[2])
-    return paths

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from dip_hf.evaluation.checkpoints import Checkpoint
-from dip_hf.evaluation.report import make_report, to_json, to_markdown, to_text, write_report
+from dip_hf.evaluation.report import make_report, to_json, to_markdown, to_text
 from dip_hf.evaluation.results import CheckpointScores, EvaluationSettings, TaskScores
+from dip_hf.evaluation.write import write_report
 
 
 SETTINGS = EvaluationSettings(model="recipes/base_model", tasks=("dip_reasoning",), limit=4)
