@@ -46,6 +46,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check \
 		--constraint constraints.txt --editable '.[dev,eval,quant,reasoning]'
+	$(BIN)/python tests/conformance/fetch.py # PEFT's own tests, which run here on our adapter
 	touch $@
 
 quickstart: $(INSTALLED)

@@ -70,13 +70,13 @@ PRETRAINING: tuple[Family, ...] = (
 )
 
 FINETUNING: tuple[Family, ...] = (
-    Family("word_sequence_reversal", {"min_words": 2, "max_words": 4}, {"min_words": 5, "max_words": 6}),
+    Family("word_sequence_reversal", {"min_words": 2, "max_words": 4}, {"min_words": 5, "max_words": 5}),
     Family("spiral_matrix", {"min_n": 2, "max_n": 3}, {"min_n": 4, "max_n": 4}),
-    Family("palindrome_generation", {"min_length": 3, "max_length": 6}, {"min_length": 7, "max_length": 9}),
+    Family("palindrome_generation", {"min_length": 3, "max_length": 6}, {"min_length": 7, "max_length": 7}),
     Family(
         "number_sorting",
         {"min_numbers": 3, "max_numbers": 4, "max_decimals": 0, "min_value": 0, "max_value": 99},
-        {"min_numbers": 5, "max_numbers": 6},
+        {"min_decimals": 1, "max_decimals": 1},
     ),
 )
 

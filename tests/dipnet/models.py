@@ -8,11 +8,14 @@ from typing import Any
 import torch
 import transformers as tf
 from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
 
-from dip_hf import DIPNetConfig
+from dip_hf import DIPNetConfig, NoiseKey
+from dip_hf.dipnet.layer import NoiseSite
 
 
 VOCABULARY = 50
+KEY = NoiseKey(3)
 SMALL: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -91,3 +94,21 @@ def batch(rows: int = 3, length: int = 10, padded: bool = False) -> dict[str, to
     for row in range(rows if padded else 0):
         mask[row, : 2 * row] = 0
     return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def load_base(folder: str) -> tf.PreTrainedModel:
+    return tf.AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def logits(model: nn.Module, **changes: Any) -> Tensor:
+    with torch.no_grad():
+        return model(**{**batch(padded=True), **changes}).logits
+
+
+def noisy(model: PeftModel, key: NoiseKey = KEY) -> Tensor:
+    with model.base_model.sampling(key):
+        return logits(model)
+
+
+def sites(model: nn.Module) -> list[NoiseSite]:
+    return [module for module in model.modules() if isinstance(module, NoiseSite)]

@@ -151,3 +151,9 @@ def test_the_script_names_a_typo_without_a_traceback(tmp_path: Path, monkeypatch
     monkeypatch.setattr(sys, "argv", ["sft.py", "--config", str(config)])
     with pytest.raises(SystemExit, match=r"recipes/sft.py: the config file's key 'lora_rr' is no field.*'lora_r'"):
         runpy.run_path(str(ROOT / "recipes" / "sft.py"), run_name="__main__")
+
+
+def test_every_regulariser_at_once(no_network: None) -> None:
+    text = describe("--config", str(ROOT / "recipes" / "configs" / "quickstart_all.yaml"))
+    assert "DReS        weight 0.1, token placement through model.layers.3.mlp, K = 8, N = 10" in text
+    assert "ICP         weight 0.5, 1 step(s) of 0.03 from block 0" in text and "comparing blocks [0, 1, 2, 3]" in text

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from tests.trainer import two_ranks
-from tests.trainer.test_every_method import METHODS, applicable, every_method
-from tests.trainer.tiny import assert_close, gradients
+from tests.trainer.by_hand import by_hand
+from tests.trainer.test_every_method import METHODS, applicable, every_method, whole_batch
+from tests.trainer.tiny import assert_close
 
 
 @pytest.fixture(scope="module")
@@ -31,15 +32,26 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @every_method
-def test_same_gradient(name: str, ranks: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_same_gradient(name: str, ranks: list[dict[str, Any]]) -> None:
     """Two ranks with two micro-batches each, of unequal token counts, give one rank's gradient and logged loss."""
-    method = applicable(name, "ranks")
-    assert_close(ranks[0][name]["gradients"], gradients(tmp_path, method.config(), method.options))
+    applicable(name, "ranks")
+    assert_close(ranks[0][name]["gradients"], whole_batch(name))
 
 
 @every_method
 def test_own_noise(name: str, ranks: list[dict[str, Any]]) -> None:
     """On the same data, ranks see the same block inputs without noise, and different ones with it."""
-    applicable(name, "ranks")
     first, second = (rank[name]["noised"] for rank in ranks)
-    assert torch.equal(first, second) == METHODS[name].off
+    assert torch.equal(first, second) != METHODS[name].noisy
+
+
+@pytest.mark.parametrize("name", ["dres token", "dres sequence", "full, dres + icp"])
+def test_groups_of_each_rank(name: str, ranks: list[dict[str, Any]], tmp_path: Path) -> None:
+    """Where groups are drawn per micro-batch and rank, the gradient is the one computed by hand with the same keys."""
+    method = METHODS[name]
+    recorded = [rank[name]["step"] for rank in ranks]
+    keys = [key for step in recorded for key in step["keys"]]
+    assert [key[2:] for key in keys] == [(0, 0), (1, 0), (0, 1), (1, 1)]  # (micro-step, rank)
+    batches = [batch for step in recorded for batch in step["batches"]]
+    expected = by_hand(tmp_path, method.config(), method.options, batches, keys)
+    assert_close(recorded[0]["gradients"], expected)

@@ -129,12 +129,18 @@ def losses(trainer: Any) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def gradients(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
-    """The accumulated gradient of the first step of `make_trainer(*args, **kwargs)`, with steady noise, in float64."""
-    trainer = make_trainer(*args, model=base_model().double(), **kwargs)
+STEADY = {"max_steps": 2, "learning_rate": 0.0, "noise_learning_rate": 1e-30}
+"""Two steps that move nothing: ICP's term has weight 0 in the first step of every run."""
+
+
+def gradients(
+    folder: Path, adapter: PeftConfig | None, options: dict[str, Any] | None = None, **kwargs: Any
+) -> dict[str, Tensor]:
+    """The accumulated gradient and the logged loss of a step on the initial weights, with steady noise, in float64."""
+    trainer = make_trainer(folder, adapter, {**STEADY, **(options or {})}, base_model().double(), **kwargs)
     with steady_noise(trainer):
         trainer.train()
-    return {**trainer.kept.steps[0], "loss": torch.tensor(losses(trainer)[0])}
+    return {**trainer.kept.steps[-1], "loss": torch.tensor(losses(trainer)[-1])}
 
 
 @contextmanager

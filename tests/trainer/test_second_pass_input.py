@@ -1,0 +1,83 @@
+"""Bad input to DReS and ICP: an error at construction, which names the field, its value and the remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from peft import LoraConfig
+
+from dip_hf import DIPSFTConfig
+from dip_hf.trainer.checks import check_second_pass
+from tests.trainer.test_every_method import DRES, ICP, SEQUENCE
+from tests.trainer.tiny import ADAPTER, make_trainer
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dres_weight": -0.1}, "dres_weight=-0.1 must not be negative; 0 turns DReS off"),
+        ({"dres_weight": float("nan")}, "dres_weight=nan must not be negative"),
+        ({"dres_placement": "row"}, "dres_placement='row' must be one of sequence, token"),
+        ({"dres_group_size": 1}, "dres_group_size=1 must be at least 2"),
+        ({"dres_oversampling": 0.75}, "dres_oversampling=0.75 must be at least 1"),
+        ({"dres_group_size": 2, "dres_oversampling": 2.5}, "dres_oversampling=2.5: .*always 0; change the over"),
+        ({"icp_weight": -1.0}, "icp_weight=-1.0 must not be negative; 0 turns ICP off"),
+        ({"icp_steps": 0}, "icp_steps=0 must be .*at least 1; to turn ICP off set icp_weight to 0"),
+        ({"icp_epsilon": 0.0}, "icp_epsilon=0.0 must be positive, for instance 0.03; to turn ICP off"),
+        ({"icp_epsilon": -0.1}, "icp_epsilon=-0.1 must be positive"),
+        ({"icp_update": "sgd"}, "icp_update='sgd' must be one of normalised, sign, adam"),
+        ({"icp_positions": "answer"}, "icp_positions='answer' must be one of all, prompt"),
+        ({"icp_layers": 0}, "icp_layers=0 must be .*at least 1"),
+        ({"icp_start_block": -1}, "icp_start_block=-1 must not be negative; 0 is the input embeddings"),
+        ({"icp_interval": 0}, "icp_interval=0 must be .*at least 1"),
+        ({"icp_weighting": "mean"}, "icp_weighting='mean' must be one of additive, paper"),
+        ({"icp_warmup": 1.5}, r"icp_warmup=1.5 must lie in \[0, 1\]: it is a share of the run"),
+        ({"icp_warmup": -0.1}, r"icp_warmup=-0.1 must lie in \[0, 1\]"),
+    ],
+    ids=lambda x: "-".join(f"{name}={value}" for name, value in x.items()) if isinstance(x, dict) else "",
+)
+def test_arguments(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        DIPSFTConfig(output_dir=str(tmp_path), use_cpu=True, **options)
+
+
+REENTRANT = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({**SEQUENCE, "dres_group_size": 9}, "dres_group_size=9 is more than the 8 rows.* lower it to at most 8, or"),
+        (
+            {**SEQUENCE, "packing": True, "max_length": 32},
+            "dres_placement='sequence' .*packing=True.*use dres_",
+        ),
+        (
+            {**SEQUENCE, "padding_free": True},
+            "dres_placement='sequence' .*padding_free=True.*use dres_",
+        ),
+        ({**SEQUENCE, "dres_blocks": "0,2"}, "dres_blocks=.*without gaps; choose neighbours"),
+        ({**DRES, "dres_blocks": "4"}, "dres_blocks=4: the model has 3 blocks; give a number from 1 to 3"),
+        ({**DRES, "dres_blocks": "1,3"}, r"dres_blocks=\[1, 3\]: the model has 3 blocks"),
+        ({**DRES, "dres_blocks": "decoder.*"}, "dres_blocks='decoder.*' matches no block"),
+        ({**ICP, "icp_start_block": 3}, "icp_start_block=3: the model has 3 blocks; give a number from 0 to 2"),
+        ({**DRES, **REENTRANT}, "use_reentrant': True} does not work with dres_weight or icp_weight.*to False"),
+        ({**ICP, **REENTRANT}, "use_reentrant': True} does not work with dres_weight or icp_weight.*to False"),
+    ],
+)
+def test_set_up(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """What only shows with the model, the batch or the data layout."""
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, LoraConfig(**ADAPTER), options)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_sharded_parameters(stage: int) -> None:
+    """FSDP (stage 0 here) and ZeRO-3 are refused. The trainer is a stand-in: sharding needs accelerators."""
+    arguments = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage))
+    trainer = SimpleNamespace(args=arguments, is_deepspeed_enabled=stage > 0, is_fsdp_enabled=stage == 0)
+    with pytest.raises(ValueError, match=r"dres_weight and icp_weight do not work with FSDP or ZeRO-3.*or set both"):
+        check_second_pass(trainer)  # type: ignore[arg-type]
