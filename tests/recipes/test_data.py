@@ -67,7 +67,7 @@ def test_an_empty_dataset(tmp_path: Path, name: str, streaming: bool) -> None:
 
 def test_families_share_no_question_between_training_and_validation() -> None:
     pytest.importorskip("reasoning_gym")
-    arguments = DataArguments(families=["lcm", "number_sorting"], train_size=20, eval_size=10)
+    arguments = DataArguments(families=["palindrome_generation", "number_sorting"], train_size=20, eval_size=10)
     train, validation = load_train_dataset(arguments), load_eval_dataset(arguments)
     assert (len(train), len(validation)) == (40, 20)
     assert train.column_names == ["prompt", "completion"]

@@ -58,7 +58,7 @@ def test_every_gsm8k_config(path: Path, no_network: None) -> None:
     assert "would load openai/gsm8k main" in text
     assert "468 (1 epochs)" in text
     assert "adamw_torch_fused, cosine" in text
-    assert "learning rate 0.0005" in text and "learning rate 0.01, weight decay 0" in text
+    assert "learning rate 0.0005" in text and "learning rate 0.001, weight decay 0" in text
     # The vision tower of a Gemma has layers too, and gets neither noise nor LoRA
     assert "vision" not in text
     if "qlora" in path.stem:

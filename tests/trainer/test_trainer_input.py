@@ -19,8 +19,8 @@ from tests.trainer.tiny import ADAPTER, make_trainer, tokenised
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_trajectories": 0}, "num_trajectories=0 must be at least 1"),
-        ({"num_trajectories": -2}, "num_trajectories=-2 must be at least 1"),
+        ({"num_trajectories": 0}, "num_trajectories=0 must be a whole number, at least 1"),
+        ({"num_trajectories": -2}, "num_trajectories=-2 must be a whole number, at least 1"),
         ({"stability_weight": 0.1}, "stability_weight=0.1 .* num_trajectories=1; set num_trajectories to 2"),
         ({"stability_weight": -0.1, "num_trajectories": 2}, "stability_weight=-0.1 must not be negative; 0 turns"),
         ({"variance_weight": 0.0}, "variance_weight=0.0 must be positive.*learn_noise=False"),
