@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -245,8 +246,12 @@ def to_json(report: Report) -> str:
                 row["standard_error"] = None  # JSON has no NaN
         return content
 
+    folder = report.settings.include_path
     content = {
-        "settings": asdict(report.settings) | {"bootstrap_resamples": RESAMPLES, "bootstrap_seed": BOOTSTRAP_SEED},
+        # A report travels; where the task files lay on this machine does not
+        "settings": asdict(report.settings)
+        | {"include_path": None if folder is None else os.path.relpath(folder)}
+        | {"bootstrap_resamples": RESAMPLES, "bootstrap_seed": BOOTSTRAP_SEED},
         "environment": describe_environment(report.settings.device),
         "checkpoints": [
             {
