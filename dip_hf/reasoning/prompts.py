@@ -1,8 +1,8 @@
 """Short prompts: reasoning-gym's boilerplate replaced by a few words, the data of each question kept as it is.
 
 A model of two million parameters spends its time on tokens, and the boilerplate is up to nine tenths of a question.
-Each instruction below is one token of the embedded base's tokenizer. Other models read the same prompts as plain
-English.
+Each instruction below is one token of the tokenizer that recipes/pretrain.py makes; the embedded base's spells the
+"Mirror" ones, which are younger than it. Other models read the same prompts as plain English.
 """
 
 from __future__ import annotations
@@ -28,7 +28,11 @@ _RULES: dict[str, tuple[str, str]] = {
     "word_sorting": (r".*words in (\w+) order \(using .*list: (.*)", r"Sort \1: \2"),
     "rotate_matrix": (r".*below by (\d+) degrees clockwise:\n(.*)", r"Rotate clockwise: \1\n\2"),
     "word_sequence_reversal": (r".*Reverse this list of words: (.*)", r"Reverse list: \1"),
-    "spiral_matrix": (r".*in spiral order\?\n(.*)", r"Spiral order:\n\1"),
+    "manipulate_matrix": (
+        r"For the following matrix:\n(.*?)\n\nPerform .*\n"
+        r"- (?:(Horizontally|Vertically) mirror the matrix|Mirror the matrix along the (diagonal|counterdiagonal))",
+        r"Mirror \2\3:\n\1",
+    ),
     "palindrome_generation": (r".*the following letters: (.*)", r"Form palindrome: \1"),
     "leg_counting": (r".*if you have (.*)\?", r"Count legs: \1"),
     "base_conversion": (r".*convert the (.*) number (\w+) to (.*)", r"Convert base: \2 from \1 to \3"),
@@ -52,7 +56,10 @@ INSTRUCTIONS: tuple[str, ...] = (
     "Sort descending: ",
     "Rotate clockwise: ",
     "Reverse list: ",
-    "Spiral order:\n",
+    "Mirror Horizontally:\n",
+    "Mirror Vertically:\n",
+    "Mirror diagonal:\n",
+    "Mirror counterdiagonal:\n",
     "Form palindrome: ",
     "Count legs: ",
     "Convert base: ",
@@ -61,7 +68,7 @@ INSTRUCTIONS: tuple[str, ...] = (
     "Sort numbers descending: ",
     "Elapsed: ",
 )
-"""Every instruction a prompt can start with; the embedded base's tokenizer has one token for each."""
+"""Every instruction a prompt can start with; recipes/pretrain.py gives the tokenizer one token for each."""
 
 
 def write_prompt(family: str, question: str) -> str:

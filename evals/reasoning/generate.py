@@ -15,12 +15,12 @@ GROUPS: dict[str, tuple[tuple[Family, ...], str, str]] = {
         "standard",
         "The fine-tuning families at the level of training, on other questions.",
     ),
-    "harder": (FINETUNING, "harder", "The same families with longer inputs or larger numbers."),
+    "harder": (FINETUNING, "harder", "The same families with longer inputs, or with numbers that lie closer."),
     "unseen": (UNSEEN, "standard", "Families that neither the base nor an adapter is trained on."),
     "pretraining": (PRETRAINING, "standard", "The embedded base's own families: what fine-tuning made it forget."),
 }
 # Families whose answers are several lines long, and so cannot stop at a line's end.
-MULTI_LINE = ("rotate_matrix",)
+MULTI_LINE = ("rotate_matrix", "manipulate_matrix")
 
 
 def task_yaml(group: str, family: str, level: str) -> str:

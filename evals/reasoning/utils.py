@@ -15,16 +15,20 @@ ITEMS = 200
 """Test questions per family and level."""
 
 
-def load(family: str, level: Level, items: int = ITEMS, **_: Any) -> DatasetDict:
-    """lm-eval's `custom_dataset`: the test split of one family at one level.
+def load(family: str, level: Level, items: int = ITEMS, validation_items: int = 0, **_: Any) -> DatasetDict:
+    """lm-eval's `custom_dataset`: the test split of one family at one level, and a validation split where asked for.
 
     Args:
         family: name in `dip_hf.reasoning.FAMILIES`.
         level: "standard" or "harder".
         items: make no more than the first so many of the `ITEMS` questions.
+        validation_items: questions to fit a temperature on.
         **_: the task's metadata and the model's arguments, which lm-eval passes too.
     """
-    return DatasetDict(test=make_split(family, "test", min(items, ITEMS), level=level))
+    splits = DatasetDict(test=make_split(family, "test", min(items, ITEMS), level=level))
+    if validation_items > 0:
+        splits["validation"] = make_split(family, "validation", validation_items, level=level)
+    return splits
 
 
 def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
