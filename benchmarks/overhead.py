@@ -3,56 +3,37 @@
     python benchmarks/overhead.py --preset cpu --json benchmarks/results/cpu.json
     python benchmarks/overhead.py --preset gpu --json benchmarks/results/gpu.json
 
-All arms of a shape live in one process and take turns, step by step, so that whatever else the machine does meets
-all of them alike; a time ratio is the median over rounds of an arm's step time over that of LoRA in the same round.
-Peak memory is counted by the allocator (CUDA) or from the profiler's allocation events (CPU), with parameters,
-gradients and optimiser state.
+All arms of a shape live in one process and take turns; see interleaved.py. Peak memory is counted by the allocator
+(CUDA) or from the profiler's allocation events (CPU), with parameters, gradients and optimiser state.
 
 The floor is the analytic cost without any overhead, as a multiple of LoRA's, in matrix products of blocks alone (a
 backward pass to the activations counts like a forward pass). m trajectories from block s of L on: (s + m(L - s))/L.
-DReS on the last quarter q of the blocks at N/K = 1.25: 1 + 1.25 q, for token placement times the MLP's share. ICP
-with one step: the gradient for the perturbation and the teacher add a backward and a forward pass, 2; from three
-quarters of the depth, every fourth step: 1 + (1/4)/4.
+DReS on the last quarter q of the blocks at N/K = 1.25 with a share p of the groups coded: 1 + 1.25 p q, for token
+placement times the MLP's share. ICP with one step: the gradient for the perturbation and the teacher add a backward
+and a forward pass, 2; from three quarters of the depth, every fourth step: 1 + (1/4)/4. A posterior of rank R adds no
+product of its own order: 1.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import platform
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from interleaved import PRESETS, Shape, bytes_of, peak_memory, ratios, report, seconds, take_turns
 from peft import LoraConfig
 from tokenizers import Tokenizer, models
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast, Qwen3Config
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 from dip_hf import DIPNetConfig, DIPSFTConfig, DIPSFTTrainer
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A model and a batch: random weights, random tokens, all of them labels."""
-
-    name: str
-    config: PretrainedConfig
-    batch: int
-    length: int
-    dtype: torch.dtype
-
-    @property
-    def depth(self) -> int:
-        return self.config.num_hidden_layers
 
 
 @dataclass(frozen=True)
@@ -61,34 +42,44 @@ class Arm:
 
     Attributes:
         floor: from the shape, see the module's docstring.
-        noise_start: first noised block as a fraction of the depth; None for plain LoRA.
+        adapter: fields of `DIPNetConfig` for a shape; None for plain LoRA.
         options: fields of `DIPSFTConfig`; None for TRL's own trainer.
+        steps: steps in one timing, as many as the longest interval between two alike.
     """
 
     name: str
     floor: Callable[[Shape], float]
-    noise_start: float | None = None
+    adapter: Callable[[Shape], dict[str, Any]] | None = None
     options: dict[str, Any] | None = field(default_factory=dict)
+    steps: int = 1
 
 
 def _trajectories(m: int, start: float) -> Arm:
     name = f"DIPNet m={m}" + (f" from {start:g} of the depth" if start else "")
-    return Arm(name, lambda shape: start + m * (1 - start), start, {"num_trajectories": m})
-
-
-def _last_quarter(shape: Shape) -> float:
-    return math.ceil(shape.depth / 4) / shape.depth
+    return Arm(
+        name,
+        lambda shape: start + m * (1 - start),
+        lambda shape: {"noise_blocks": shape.depth - round(start * shape.depth)},
+        {"num_trajectories": m},
+    )
 
 
 def _mlp_share(shape: Shape) -> float:
     """Share of a block's matrix products that are its MLP's."""
-    config: Any = shape.config
-    width = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
-    mlp, attention = 3 * config.hidden_size * config.intermediate_size, 2 * config.hidden_size * width
+    attention, mlp, _ = shape.products()
     return mlp / (mlp + attention)
 
 
+def _sequence_floor(shape: Shape) -> float:
+    return 1 + 1.25 * shape.last_quarter / shape.depth
+
+
+def _token_floor(share: float, shape: Shape) -> float:
+    return 1 + 1.25 * share * shape.last_quarter / shape.depth * _mlp_share(shape)
+
+
 _DRES = {"dres_weight": 0.1, "dres_group_size": 4}
+_ALL = _DRES | {"dres_share": 1.0}
 _ICP = {"icp_weight": 0.1, "icp_warmup": 0.0}
 ARMS = (
     Arm("LoRA, SFTTrainer", lambda shape: 1, options=None),
@@ -96,53 +87,15 @@ ARMS = (
     _trajectories(1, 0),
     _trajectories(2, 0.5),
     _trajectories(4, 0.5),
-    Arm(
-        "DReS sequence", lambda shape: 1 + 1.25 * _last_quarter(shape), options=_DRES | {"dres_placement": "sequence"}
-    ),
-    Arm("DReS token", lambda shape: 1 + 1.25 * _last_quarter(shape) * _mlp_share(shape), options=_DRES),
+    Arm("DReS sequence, all groups", _sequence_floor, options=_ALL | {"dres_placement": "sequence"}),
+    Arm("DReS token, all groups", partial(_token_floor, 1.0), options=_ALL),
+    Arm("DReS token, half of the groups", partial(_token_floor, 0.5), options=_DRES | {"dres_share": 0.5}),
     Arm("ICP T=1", lambda shape: 2, options=_ICP),
-    Arm("ICP T=1, late, every 4th", lambda shape: 1 + 0.25 / 4, options=_ICP | {"icp_interval": 4}),
+    Arm("ICP T=1, late, every 4th", lambda shape: 1 + 0.25 / 4, options=_ICP | {"icp_interval": 4}, steps=4),
+    Arm("IBVI R=4", lambda shape: 1, lambda shape: {"variational_rank": 4, "noise_blocks": []}),
 )
-
-
-def _llama(hidden: int, depth: int) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=1024,
-        hidden_size=hidden,
-        intermediate_size=hidden * 8 // 3 // 32 * 32,
-        num_hidden_layers=depth,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 64,
-        max_position_embeddings=512,
-    )
-
-
-def _qwen3(hidden: int, intermediate: int, depth: int) -> Qwen3Config:
-    return Qwen3Config(
-        vocab_size=151936,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=depth,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=128,
-        tie_word_embeddings=True,
-    )
-
-
-STEPS = 4
-"""Steps in one timing."""
-
-PRESETS = {
-    "cpu": (
-        Shape("Llama 192x4", _llama(192, 4), 16, 128, torch.float32),
-        Shape("Llama 512x8", _llama(512, 8), 8, 128, torch.float32),
-    ),
-    "gpu": (
-        Shape("Qwen3 0.6B", _qwen3(1024, 3072, 28), 8, 1024, torch.bfloat16),
-        Shape("Qwen3 1.7B", _qwen3(2048, 6144, 28), 4, 1024, torch.bfloat16),
-    ),
-}
+WARM_UP = 4
+"""Steps before the first timing."""
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
@@ -161,8 +114,8 @@ def make_trainer(shape: Shape, arm: Arm, folder: str, device: torch.device) -> S
     model = AutoModelForCausalLM.from_config(shape.config, dtype=shape.dtype).to(device)
     lora: dict[str, Any] = {"r": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     peft_config = LoraConfig(**lora)
-    if arm.noise_start is not None:
-        peft_config = DIPNetConfig(**lora, noise_blocks=shape.depth - round(arm.noise_start * shape.depth))
+    if arm.adapter is not None:
+        peft_config = DIPNetConfig(**lora, **arm.adapter(shape))
     trainer_class, config_class = (SFTTrainer, SFTConfig) if arm.options is None else (DIPSFTTrainer, DIPSFTConfig)
     options = dict(arm.options or {})
     if "icp_interval" in options:
@@ -202,71 +155,47 @@ def step(trainer: SFTTrainer, batch: dict[str, Tensor]) -> None:
     trainer.state.global_step += 1
 
 
-def _timed(trainer: SFTTrainer, batch: dict[str, Tensor]) -> float:
-    """Seconds a step, over as many steps as the longest interval between two alike."""
-    cuda = trainer.args.device.type == "cuda"
-    if cuda:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(STEPS):
+def _steps(trainer: SFTTrainer, batch: dict[str, Tensor], count: int) -> None:
+    for _ in range(count):
         step(trainer, batch)
-    if cuda:
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) / STEPS
 
 
-def peak_memory(trainer: SFTTrainer, batch: dict[str, Tensor]) -> int:
-    """Bytes at the highest point of one step: parameters, optimiser state, gradients, activations."""
-    if trainer.args.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step(trainer, batch)
-        return _resident(trainer) + torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step(trainer, batch)
-    current = peak = 0
-    for size in _allocations(profile):
-        current += size
-        peak = max(peak, current)
-    return _resident(trainer) + peak
-
-
-def _allocations(profile: torch.profiler.profile) -> Iterator[int]:
-    """Signed sizes in bytes of allocations (positive) and releases, in order of time."""
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+def _timed(trainer: SFTTrainer, batch: dict[str, Tensor], count: int) -> float:
+    """Seconds a step."""
+    return seconds(partial(_steps, trainer, batch, count), trainer.args.device) / count
 
 
 def _resident(trainer: SFTTrainer) -> int:
+    """Bytes of parameters and optimiser state."""
     state = [value for values in trainer.optimizer.state.values() for value in values.values()]
-    tensors = [*trainer.model.parameters(), *(value for value in state if isinstance(value, Tensor))]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return bytes_of([*trainer.model.parameters(), *(value for value in state if isinstance(value, Tensor))])
 
 
-def measure(shape: Shape, arms: tuple[Arm, ...], rounds: int, device: torch.device) -> list[dict[str, Any]]:
-    """Rows {name, time_ratio, memory_ratio, floor, step_seconds} of one shape, LoRA first."""
-    with tempfile.TemporaryDirectory() as folder:
-        trainers = {arm.name: make_trainer(shape, arm, folder, device) for arm in arms}
-        batches = {name: next(iter(trainer.get_train_dataloader())) for name, trainer in trainers.items()}
-        for name, trainer in trainers.items():
-            for _ in range(STEPS):
-                step(trainer, batches[name])
-        memory = {name: peak_memory(trainer, batches[name]) for name, trainer in trainers.items()}
-        times: dict[str, list[float]] = {name: [] for name in trainers}
-        for turn in range(rounds):
-            names = list(trainers)
-            for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                times[name].append(_timed(trainers[name], batches[name]))
-            print(f"\r{shape.name}: round {turn + 1}/{rounds}", end="", flush=True)
-    print()
-    reference = times[arms[0].name]
+def measure(
+    shape: Shape, arms: tuple[Arm, ...], rounds: int, builds: int, device: torch.device
+) -> list[dict[str, Any]]:
+    """Rows {name, time_ratio, time_ratio_se, memory_ratio, floor, step_seconds} of one shape, LoRA first."""
+    times: list[dict[str, list[float]]] = []
+    memory: dict[str, int] = {}
+    for build in range(builds):
+        with tempfile.TemporaryDirectory() as folder:
+            order = arms[build % len(arms) :] + arms[: build % len(arms)]
+            trainers = {arm.name: make_trainer(shape, arm, folder, device) for arm in order}
+            batches = {name: next(iter(trainer.get_train_dataloader())) for name, trainer in trainers.items()}
+            for name, trainer in trainers.items():
+                _steps(trainer, batches[name], WARM_UP)
+                if build == 0:
+                    peak = peak_memory(partial(step, trainer, batches[name]), device)
+                    memory[name] = _resident(trainer) + peak
+            turns = {arm.name: partial(_timed, trainers[arm.name], batches[arm.name], arm.steps) for arm in order}
+            times.append(take_turns(turns, rounds, f"{shape.name}, build {build + 1}/{builds}"))
+            del trainers, turns
     return [
         {
             "name": f"{shape.name}: {arm.name}",
-            "time_ratio": statistics.median(t / r for t, r in zip(times[arm.name], reference, strict=True)),
+            **ratios(times, arm.name, arms[0].name),
             "memory_ratio": memory[arm.name] / memory[arms[0].name],
             "floor": arm.floor(shape),
-            "step_seconds": statistics.median(times[arm.name]),
         }
         for arm in arms
     ]
@@ -275,26 +204,22 @@ def measure(shape: Shape, arms: tuple[Arm, ...], rounds: int, device: torch.devi
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="cpu")
-    parser.add_argument("--rounds", type=int, default=11, help="timings per arm, of four steps each")
+    parser.add_argument("--rounds", type=int, default=20, help="timings per arm and build, at least 2")
+    parser.add_argument("--builds", type=int, default=3, help="times that everything is built anew")
     parser.add_argument("--shape", help="only shapes whose name contains this")
+    parser.add_argument("--arm", action="append", help="only arms whose name contains this, and LoRA's; repeatable")
     parser.add_argument("--json", type=Path, help="write the rows here")
     options = parser.parse_args()
+    if options.rounds < 2 or options.builds < 1:
+        parser.error(f"--rounds {options.rounds} --builds {options.builds}: there must be 2 rounds and 1 build.")
     device = torch.device("cuda" if options.preset == "gpu" else "cpu")
     shapes = [shape for shape in PRESETS[options.preset] if not options.shape or options.shape in shape.name]
-    rows = [row for shape in shapes for row in measure(shape, ARMS, options.rounds, device)]
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(
-        f"\n{name}, {platform.machine()}, torch {torch.__version__}, median of {options.rounds} interleaved timings\n"
+    arms = ARMS[:1] + tuple(
+        arm for arm in ARMS[1:] if not options.arm or any(part in arm.name for part in options.arm)
     )
-    print(f"{'':44}{'time':>8}{'floor':>8}{'memory':>8}{'s/step':>9}")
-    for row in rows:
-        print(
-            f"{row['name']:44}{row['time_ratio']:8.3f}{row['floor']:8.3f}{row['memory_ratio']:8.3f}"
-            f"{row['step_seconds']:9.3f}"
-        )
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps([{**row, "device": name} for row in rows], indent=1) + "\n")
+    rows = [row for shape in shapes for row in measure(shape, arms, options.rounds, options.builds, device)]
+    note = f"20 % trimmed means of {options.rounds} interleaved timings in each of {options.builds} builds"
+    report(rows, device, note, options.json)
 
 
 if __name__ == "__main__":

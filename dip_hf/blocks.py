@@ -10,17 +10,22 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
-def find_decoder_blocks(model: nn.Module) -> list[str]:
+def find_decoder_blocks(
+    model: nn.Module, remedy: str = "pass the blocks' module names as `DIPNetConfig(block_names=[...])`"
+) -> list[str]:
     """Names of the model's decoder blocks, in order of depth.
 
     They are the entries of the one `nn.ModuleList` all of whose entries are `GradientCheckpointingLayer`s and whose
     length is the text config's `num_hidden_layers` (this project's choice: it finds the blocks of 159 of the 168
     causal-LM classes of transformers 5.23).
 
+    Args:
+        model: a transformers model.
+        remedy: what to do where they are not found, for the error message.
+
     Raises:
-        ValueError: none or several such lists; the remedy is `DIPNetConfig(block_names=...)`.
+        ValueError: none or several such lists.
     """
-    remedy = "pass the blocks' module names as `DIPNetConfig(block_names=[...])`"
     if not hasattr(model, "config") or not hasattr(model.config, "get_text_config"):
         raise ValueError(f"block_names=None: {type(model).__name__} is no transformers model; {remedy}.")
     config: Any = model.config

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import random
+from collections.abc import Iterator
 from itertools import product
 
 import numpy as np
@@ -12,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from dip_hf.noise import NoiseKey, add_noise, derive_seed, gaussian, noise_gradient
+from dip_hf.noise import NoiseKey, _normal_quantiles, add_noise, derive_seed, gaussian, noise_gradient
 
 
 CPU = torch.device("cpu")
@@ -120,6 +122,7 @@ def test_gradient_of_std_is_the_sum_of_gradient_times_noise(dtype: torch.dtype) 
 
 def test_pieces_join_to_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     v, std = torch.randn(4, 7, 5, requires_grad=True), torch.ones(5, requires_grad=True)
+    monkeypatch.setattr("dip_hf.noise._STREAM", 20)  # four rows
     results = []
     for piece in (1, 40, 10**6):
         monkeypatch.setattr("dip_hf.noise._PIECE", piece)
@@ -129,6 +132,63 @@ def test_pieces_join_to_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-5)
     noise = torch.cat([gaussian((2, 7, 5), derive_seed(KEY.tensor(), 0, j), CPU) for j in range(2)])
     torch.testing.assert_close(results[0][0], v + noise)
+
+
+@pytest.fixture
+def restore_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_the_number_of_threads_changes_nothing(restore_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dip_hf.noise._STREAM", 64)
+    v, std, results = torch.randn(4, 50, 8), torch.ones(8), []
+    for threads in (1, 2, 3, 100):
+        torch.set_num_threads(threads)
+        noise = gaussian((100, 8), 3, CPU)
+        results.append((noise, add_noise(v, std, KEY.tensor(), 0, 2), noise_gradient(v, KEY.tensor(), 0, 2)))
+    for result in results[1:]:
+        assert torch.equal(result[0], results[0][0]) and torch.equal(result[1], results[0][1])
+        torch.testing.assert_close(result[2], results[0][2])  # a sum, whose order is torch's
+
+
+def test_streams_are_independent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several thousand streams of 64 samples: no two alike, and their joint moments are those of one."""
+    monkeypatch.setattr("dip_hf.noise._STREAM", 64)
+    x = gaussian((4_000 * 4, 16), 9, CPU).view(4_000, 64)
+    assert len(x.unique(dim=0)) == 4_000
+    assert (torch.corrcoef(x[:, :8].T) - torch.eye(8)).abs().max() < 5 / 4_000**0.5
+    assert torch.corrcoef(torch.stack([x[:-1].flatten(), x[1:].flatten()]))[0, 1].abs() < 5 / x.numel() ** 0.5
+    assert stats.kstest(x.flatten().double().numpy(), "norm").pvalue > 1e-3
+
+
+def test_distance_and_support_are_the_documented_ones() -> None:
+    """Of the table: half a step of 2^-16 between the steps, and its rescaling to unit variance."""
+    quantiles = _normal_quantiles().astype(np.float64)
+    levels = np.arange(2**16 + 1) / 2**16
+    exact = stats.norm.cdf(quantiles)
+    assert max(np.abs(levels[1:] - exact).max(), np.abs(exact - levels[:-1]).max()) < 1.05e-5
+    assert 4.3 < quantiles.max() < 4.4 and quantiles.min() == pytest.approx(-quantiles.max())
+    assert (quantiles**2).mean() == pytest.approx(1, abs=1e-6)
+
+
+def test_a_forked_process_draws_too(restore_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It inherits no threads, and must not wait for those of its parent."""
+    monkeypatch.setattr("dip_hf.noise._STREAM", 64)
+    torch.set_num_threads(2)
+    here = gaussian((100, 8), 3, CPU)
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    child = multiprocessing.get_context("fork").Process(
+        target=lambda: sender.send(gaussian((100, 8), 3, CPU).tolist())
+    )
+    child.start()
+    try:
+        assert receiver.poll(60)
+        assert receiver.recv() == here.tolist()
+    finally:
+        child.kill()
+        child.join()
 
 
 def test_backward_keeps_nothing_as_large_as_the_input() -> None:
@@ -149,7 +209,7 @@ def test_backward_keeps_nothing_as_large_as_the_input() -> None:
 def test_a_frozen_std_draws_no_noise_in_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     v, std = torch.randn(2, 3, 4, requires_grad=True), torch.rand(4)
     noisy = add_noise(v, std, KEY.tensor(), 0, 1)
-    monkeypatch.setattr("dip_hf.noise.gaussian", None)
+    monkeypatch.setattr("dip_hf.noise._draw", None)
     noisy.sum().backward()
     assert v.grad is not None and torch.equal(v.grad, torch.ones_like(v))
 

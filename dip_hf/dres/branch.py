@@ -81,6 +81,20 @@ def coded_size(placement: str, group_size: int, oversampling: float) -> int:
     return size
 
 
+def check_share(share: float) -> float:
+    """`share` itself.
+
+    Raises:
+        ValueError: it is not in (0, 1].
+    """
+    if not 0 < share <= 1:
+        raise ValueError(
+            f"dres_share={share} must be above 0 and at most 1: it is the share of the groups coded per step; 1 codes "
+            "all, and dres_weight=0 turns DReS off."
+        )
+    return share
+
+
 class DReSBranch:
     """A coded branch through some of a model's blocks, run inside a forward pass of the model.
 
@@ -91,6 +105,8 @@ class DReSBranch:
         blocks: which blocks, as in `dip_hf.blocks.select_blocks`; None for the last quarter, rounded up.
         group_size: K, samples in a group.
         oversampling: N/K; N is rounded up.
+        share: share of the groups coded in a pass, rounded up to a whole group: a random sample, whose error is an
+            unbiased estimate of the mean over all groups.
         detach_target: whether f(x) is a constant in the error, so that only the coded branch gets its gradient.
         block_names: names of all decoder blocks, in order, where they cannot be found.
 
@@ -110,14 +126,17 @@ class DReSBranch:
         blocks: str | int | Sequence[int] | None = None,
         group_size: int = 8,
         oversampling: float = 1.25,
+        share: float = 1.0,
         detach_target: bool = False,
         block_names: Sequence[str] | None = None,
     ) -> None:
         self.placement = placement
         self.group_size = group_size
         self.coded_size = coded_size(placement, group_size, oversampling)
+        self.share = check_share(share)
         self.detach_target = detach_target
-        names = list(block_names or find_decoder_blocks(model))
+        remedy = "pass the blocks' module names as `DReSBranch(block_names=[...])`, or set dres_weight to 0"
+        names = list(block_names or find_decoder_blocks(model, remedy))
         chosen = select_blocks(names, -(-len(names) // 4) if blocks is None else blocks, "dres_blocks")
         self.blocks = {names[index]: model.get_submodule(names[index]) for index in chosen}
         if placement == "token":
@@ -179,7 +198,15 @@ class DReSBranch:
                 f"attention_mask of shape {tuple(attention_mask.shape)}: DReS needs the batch's own, (batch, length)."
             )
         mask = None if attention_mask is None else attention_mask.bool()
-        options = (self.modules, self.group_size, self.coded_size, key.tensor(), mask, self.detach_target)
+        options = (
+            self.modules,
+            self.group_size,
+            self.coded_size,
+            self.share,
+            key.tensor(),
+            mask,
+            self.detach_target,
+        )
         coded_pass: CodedPass
         if self.placement == "sequence":
             coded_pass = SequencePass(*options)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache
 
-from dip_hf.dres.coded_pass import CodedPass, RandomState, rerun
+from dip_hf.dres.coded_pass import CodedPass, rerun
 from dip_hf.dres.functional import encode
+from dip_hf.second_pass import Surroundings, block_output
 
 
 @dataclass
@@ -28,11 +29,6 @@ class BlockCall:
     hidden_states: Tensor
     before: Tensor | None
     arguments: dict[str, Any]
-
-
-def _first(output: Any) -> Tensor:
-    """The hidden states in a block's output."""
-    return output[0] if isinstance(output, tuple) else output
 
 
 class SequencePass(CodedPass):
@@ -61,23 +57,29 @@ class SequencePass(CodedPass):
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         hidden_states = arguments.pop(names[0])
         if not self.calls:
-            self.state = RandomState(hidden_states.device)
+            self.surroundings = Surroundings.now([hidden_states.device])
         # What hooks add to the range's own input is part of its input.
         changed = self.calls and hidden_states is not self.before
         self.calls.append(BlockCall(hidden_states, self.before if changed else None, arguments))
 
     def _run(self, block: nn.Module, args: tuple, output: Any) -> None:
-        outputs = _first(output)
+        outputs = block_output(output)
         order = self.choose_groups(outputs.shape[0], outputs.device)
         names = list(self.modules)
         name = f"{names[0]}..{names[-1]}"
         if not self.record.groups:
             self.record.errors[name] = outputs.new_zeros((), dtype=torch.float32)
             return
-        mask = self.valid_positions(outputs.shape[1])
+        mask = self.valid_positions(outputs)
         valid = None if mask is None else self._group(mask, order).all(0)
-        coded = rerun(self.state, self._run_coded, order)
+        coded = rerun(self.surroundings, self._run_coded, order)
         self.compare(name, self._group(outputs, order), coded.unflatten(0, (self.coded_size, -1)), valid)
+        if mask is not None and valid is not None and self.share < 1:
+            # A mean over the places of all groups, estimated without bias: not a quotient of two random sums.
+            everything = self.all_groups(outputs.shape[0])
+            per_group = self._group(mask, everything.flatten().to(mask.device)).all(0).sum() / everything.shape[1]
+            correction = valid.sum() / (self.record.groups * per_group.clamp(min=1e-9))
+            self.record.errors[name] = self.record.errors[name] * correction
         self.calls.clear()
 
     def _group(self, rows: Tensor, order: Tensor) -> Tensor:
@@ -101,7 +103,7 @@ class SequencePass(CodedPass):
             rows = call.hidden_states.shape[0]
             arguments = {name: self._code(name, value, rows, order) for name, value in call.arguments.items()}
             # `forward` rather than a call: the hooks on a block belong to the main branch.
-            coded = _first(block.forward(coded, **arguments))
+            coded = block_output(block.forward(coded, **arguments))
         return coded
 
     def _code(self, name: str, value: Any, rows: int, order: Tensor) -> Any:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
-from dip_hf.dres.coded_pass import CodedPass, RandomState, rerun
+from dip_hf.dres.coded_pass import CodedPass, rerun
 from dip_hf.dres.functional import encode
+from dip_hf.second_pass import Surroundings
 
 
 class TokenPass(CodedPass):
@@ -40,13 +41,13 @@ class TokenPass(CodedPass):
         return handles
 
     def _before_mlp(self, mlp: nn.Module, args: tuple) -> None:
-        self.state = RandomState(args[0].device)
+        self.surroundings = Surroundings.now([args[0].device])
 
     def _after_mlp(self, mlp: nn.Module, args: tuple, output: Tensor) -> None:
         if self.with_gradient and not torch.is_grad_enabled():
             raise ValueError(
                 "dres_placement='token' sees no gradient inside reentrant activation checkpoints; set "
-                "gradient_checkpointing_kwargs={'use_reentrant': False}."
+                "activation_checkpointing_kwargs={'use_reentrant': False}."
             )
         self.inputs, self.outputs = args[0], output
 
@@ -62,7 +63,7 @@ class TokenPass(CodedPass):
         function = mlp.forward
         if getattr(block, "gradient_checkpointing", False) and block.training:
             function = partial(checkpoint, mlp.forward, use_reentrant=False)
-        result = rerun(self.state, function, coded)[0]
+        result = rerun(self.surroundings, function, coded)[0]
         self.compare(name, self._group(outputs, order), result.unflatten(0, (self.coded_size, -1)))
 
     def _group(self, tokens: Tensor, order: Tensor) -> Tensor:
@@ -73,9 +74,9 @@ class TokenPass(CodedPass):
         """Indices of the grouped tokens among all, shape (K · G,); the same in all blocks with as many rows."""
         rows, length = inputs.shape[:2]
         if rows * length not in self.orders:
-            mask = self.valid_positions(length)
+            mask = self.valid_positions(inputs)
             if mask is None:
                 mask = torch.ones(rows, length, dtype=torch.bool, device=inputs.device)
-            valid = mask.repeat(rows // mask.shape[0], 1).flatten().nonzero()[:, 0]
+            valid = mask.flatten().nonzero()[:, 0]
             self.orders[rows * length] = valid[self.choose_groups(valid.shape[0], inputs.device)]
         return self.orders[rows * length]

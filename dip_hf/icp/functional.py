@@ -9,11 +9,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dip_hf.noise import derive_seed, gaussian
+
 
 UPDATES = ("normalised", "sign", "adam")
+DIRECTIONS = ("descent", "ascent", "random")
 POSITIONS = ("all", "prompt")
 WEIGHTINGS = ("additive", "paper")
 ADAM_BETAS = (0.9, 0.999)
+_STREAM = int.from_bytes(b"icp", "little")  # keeps the random direction apart from every other method's draws
 
 
 class AdamState(NamedTuple):
@@ -95,6 +99,22 @@ def perturbation_step(
     mean = state.first / (1 - beta1**state.step)
     deviation = (state.second / (1 - beta2**state.step)).sqrt()
     return -length * mean / deviation.clamp_min(1e-12), state
+
+
+def random_shift(shift: Tensor, key: Tensor) -> Tensor:
+    """A shift of the same length per token in a random direction: the control of "does the direction matter?".
+
+    The direction is uniform on the sphere and a function of the key alone (this project's choice).
+
+    Args:
+        shift: x_T - e, shape (rows, length, d).
+        key: `NoiseKey.tensor()`, shape (4,).
+
+    Returns:
+        Shape and dtype of `shift`.
+    """
+    noise = gaussian(shift.shape, derive_seed(key, -1, _STREAM), shift.device).to(shift.dtype)
+    return noise * (shift.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True))
 
 
 def layer_weights(n: int) -> list[float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from dip_hf.icp.functional import POSITIONS, UPDATES, WEIGHTINGS, term_weights
+from dip_hf.icp.functional import DIRECTIONS, POSITIONS, UPDATES, WEIGHTINGS, term_weights
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,8 @@ class ICPOptions:
         steps: T, perturbation steps; each after the first costs a forward and a backward pass more.
         epsilon: ε, length of a step relative to the RMS of what it perturbs.
         update: "normalised", "sign" or "adam", see `dip_hf.icp.functional.perturbation_step`.
+        direction: "descent" is ICP: the input moves to where the loss is lower. "ascent" (to where it is higher) and
+            "random" (a random direction, every token as far as under descent) are its controls.
         positions: perturb "all" tokens, or those of the "prompt".
         layers: number of decoder blocks whose outputs are compared, evenly spaced up to the last one; all of them
             where there are no more.
@@ -34,6 +36,7 @@ class ICPOptions:
     steps: int = 1
     epsilon: float = 0.03
     update: str = "normalised"
+    direction: str = "descent"
     positions: str = "all"
     layers: int = 4
     start_block: int = 0
@@ -54,9 +57,17 @@ class ICPOptions:
             raise ValueError(
                 f"icp_epsilon={self.epsilon} must be positive, for instance 0.03; to turn ICP off set icp_weight to 0."
             )
-        if self.start_block < 0:
-            raise ValueError(f"icp_start_block={self.start_block} must not be negative; 0 is the input embeddings.")
-        for name, choices in (("update", UPDATES), ("positions", POSITIONS), ("weighting", WEIGHTINGS)):
+        if not isinstance(self.start_block, int) or self.start_block < 0:
+            raise ValueError(
+                f"icp_start_block={self.start_block} must be a whole number and not negative; 0 is the input "
+                "embeddings."
+            )
+        for name, choices in (
+            ("update", UPDATES),
+            ("direction", DIRECTIONS),
+            ("positions", POSITIONS),
+            ("weighting", WEIGHTINGS),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"icp_{name}={getattr(self, name)!r} must be one of {', '.join(choices)}.")
         if not 0 <= self.warmup <= 1:

@@ -9,17 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from dip_hf.blocks import find_decoder_blocks
 from dip_hf.icp.features import (
     Call,
     ICPRecord,
-    Surroundings,
-    block_output,
     evenly_spaced,
-    fit_mask,
     hidden_states,
     keep_outputs,
     removed_on_exit,
@@ -31,8 +27,11 @@ from dip_hf.icp.functional import (
     layer_weights,
     perturbation_step,
     perturbed_tokens,
+    random_shift,
 )
 from dip_hf.icp.options import ICPOptions
+from dip_hf.noise import NoiseKey
+from dip_hf.second_pass import Surroundings, block_output, fit_mask
 
 
 class FeatureLoss(NamedTuple):
@@ -72,7 +71,8 @@ class ICPBranch:
     def __init__(self, model: nn.Module, options: ICPOptions, block_names: Sequence[str] | None = None) -> None:
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         self.options = options
-        self.blocks = [base.get_submodule(name) for name in block_names or find_decoder_blocks(base)]
+        remedy = "pass the blocks' module names as `ICPBranch(block_names=[...])`, or set icp_weight to 0"
+        self.blocks = [base.get_submodule(name) for name in block_names or find_decoder_blocks(base, remedy)]
         depth = len(self.blocks)
         if options.start_block >= depth:
             raise ValueError(
@@ -108,6 +108,7 @@ class ICPBranch:
         inputs: Mapping[str, Any],
         task_loss: Tensor,
         clean_loss: Callable[[], Tensor] | None = None,
+        key: NoiseKey | None = None,
     ) -> FeatureLoss:
         """The feature loss between the clean pass and a pass on the perturbed input, which is the teacher.
 
@@ -117,8 +118,10 @@ class ICPBranch:
                 them.
             task_loss: the clean pass's loss, its graph alive; of any scale.
             clean_loss: runs a forward pass on the same batch and returns its loss; needed for more than one step.
+            key: what a random direction depends on; needed for that alone.
         """
-        return self.compare(record, inputs, self.teacher(record, self.perturb(record, inputs, task_loss, clean_loss)))
+        perturbed = self.perturb(record, inputs, task_loss, clean_loss, key)
+        return self.compare(record, inputs, self.teacher(record, perturbed))
 
     def perturb(
         self,
@@ -126,6 +129,7 @@ class ICPBranch:
         inputs: Mapping[str, Any],
         task_loss: Tensor,
         clean_loss: Callable[[], Tensor] | None = None,
+        key: NoiseKey | None = None,
     ) -> Tensor:
         """The perturbed input after T steps, shape and dtype of `record.site`, without gradient.
 
@@ -134,21 +138,24 @@ class ICPBranch:
 
         Raises:
             RuntimeError: `record` has seen no forward pass with gradient.
-            ValueError: several steps without a `clean_loss`.
+            ValueError: several steps without a `clean_loss`, or a random direction without a `key`.
         """
         options = self.options
         if options.steps > 1 and clean_loss is None:
             raise ValueError(f"icp_steps={options.steps} needs `clean_loss`, a function that returns the loss anew.")
+        if options.direction == "random" and key is None:
+            raise ValueError("icp_direction='random' needs `key`, a NoiseKey, another one for every micro-batch.")
         if record.site is None:
             raise RuntimeError("ICP: no forward pass with gradient ran inside `clean`; run the task loss there.")
         tokens = perturbed_tokens(inputs, options.positions)
         if options.start_block > 0:
             # Above the embeddings the first token's activations are a thousand times larger, and so would its step be.
             tokens &= compared_tokens(inputs)
-        clean, mask = record.site.detach(), fit_mask(tokens, record.site)
+        clean, mask = record.site.detach(), fit_mask(tokens, record.site, in_front=False)
+        sign = -1 if options.direction == "ascent" else 1
         (gradient,) = torch.autograd.grad(task_loss, record.site, retain_graph=True)
         step, state = perturbation_step(gradient, clean, mask, options.epsilon, options.update)
-        shift = step
+        shift = sign * step
         for _ in range(1, options.steps):
             assert clean_loss is not None  # checked above
             site = (clean + shift).to(clean.dtype).requires_grad_()
@@ -156,7 +163,10 @@ class ICPBranch:
                 remove_later(self._hook_site(_put_once(site)))
                 (gradient,) = torch.autograd.grad(clean_loss(), site)
             step, state = perturbation_step(gradient, clean, mask, options.epsilon, options.update, state)
-            shift = shift + step
+            shift = shift + sign * step
+        if options.direction == "random":
+            assert key is not None  # checked above
+            shift = random_shift(shift, key.tensor())
         return (clean + shift).to(clean.dtype)
 
     @torch.no_grad()
@@ -195,7 +205,7 @@ class ICPBranch:
         """The feature loss, see `dip_hf.icp.functional.feature_loss`; `teacher` as returned by `teacher`."""
         student = [record.features[index] for index in self.layers]
         mask = compared_tokens(inputs)
-        mask = F.pad(mask, (student[0].shape[1] - mask.shape[1], 0))  # tokens in front, from a prompt-learning adapter
+        mask = fit_mask(mask, student[0][: mask.shape[0]], in_front=False)  # unfolded, as `feature_loss` wants it
         return FeatureLoss(*feature_loss(student, [teacher[index] for index in self.layers], self.weights, mask))
 
     def _compared(self) -> dict[int, nn.Module]:

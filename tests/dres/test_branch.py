@@ -1,59 +1,17 @@
+"""The coded branch: its term, its gradient, and a main branch that does not notice it."""
+
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from torch import nn
+from peft import LoraConfig, get_peft_model
 
-from dip_hf import NoiseKey
-from dip_hf.dres import DReSBranch, coded_pass
-from dip_hf.dres.functional import affine_error, decode, encode, group_permutation, reconstruction_error
-from tests.dipnet import models
+from dip_hf.dres import coded_pass
+from dip_hf.dres.functional import affine_error
 from tests.dres import oracle
-
-
-KEY = NoiseKey(7, step=3)
-PLACEMENTS = ["sequence", "token"]
-
-
-def model_of(
-    family: str = "llama", dtype: torch.dtype = torch.float64, attention: str = "sdpa", **changes: Any
-) -> Any:
-    model = models.build(family, **changes).to(dtype)
-    model.set_attn_implementation(attention)
-    return model
-
-
-def batch_of(rows: int, length: int = 7, pads: str | None = None) -> dict[str, torch.Tensor]:
-    batch = models.batch(rows, length)
-    for row in range(rows if pads else 0):
-        pad = row % 4
-        batch["attention_mask"][row, slice(length - pad, None) if pads == "right" else slice(0, pad)] = 0
-    return batch
-
-
-def branch_of(model: Any, placement: str, **options: Any) -> DReSBranch:
-    return DReSBranch(model, **{"placement": placement, "blocks": [1, 2], "group_size": 4, **options})
-
-
-def run(model: Any, branch: DReSBranch, batch: dict[str, torch.Tensor], key: NoiseKey = KEY) -> tuple[Any, Any]:
-    with branch.attached(key, batch.get("attention_mask")) as record:
-        output = model(**batch, use_cache=False)
-    return record, output.logits
-
-
-def gradients(model: nn.Module, error: torch.Tensor) -> dict[str, torch.Tensor]:
-    model.zero_grad()
-    error.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_close(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], tolerance: float = 1e-9) -> None:
-    assert left.keys() == right.keys()
-    for name in left:
-        assert torch.allclose(left[name], right[name], rtol=tolerance, atol=tolerance), name
+from tests.dres.support import KEY, PLACEMENTS, assert_close, batch_of, branch_of, gradients, model_of, run
 
 
 # -- the term is what it should be ---------------------------------------------------------------------------------
@@ -210,7 +168,7 @@ def test_activation_checkpointing_changes_no_gradient(placement: str) -> None:
 def test_reentrant_checkpoints_are_refused_at_tokens() -> None:
     model = model_of().train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-    with pytest.raises(ValueError, match="use_reentrant"):
+    with pytest.raises(ValueError, match="activation_checkpointing_kwargs=.*use_reentrant"):
         run(model, branch_of(model, "token"), batch_of(4))
 
 
@@ -225,165 +183,3 @@ def test_detached_target(placement: str) -> None:
         grads.append(gradients(model, record.error)["model.layers.2.mlp.down_proj.weight"])
     assert errors[0] == errors[1]
     assert not torch.allclose(grads[0], grads[1], rtol=1e-2)
-
-
-# -- groups ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("placement", PLACEMENTS)
-def test_groups_change_with_the_key_and_with_nothing_else(placement: str) -> None:
-    model, batch = model_of(), batch_of(8)
-    branch = branch_of(model, placement)
-    first, again, other = (run(model, branch, batch, key)[0].error for key in (KEY, KEY, KEY._replace(step=4)))
-    assert first == again
-    assert first != other
-
-
-@pytest.mark.parametrize(("placement", "rows", "length"), [("sequence", 3, 7), ("token", 1, 3)])
-def test_a_batch_too_small_for_one_group_gives_zero(placement: str, rows: int, length: int) -> None:
-    model = model_of().train()
-    record, logits = run(model, branch_of(model, placement), batch_of(rows, length))
-    assert record.groups == 0 and record.error == 0
-    (record.error + logits.mean()).backward()
-
-
-def test_packed_rows() -> None:
-    """Padding-free: one row, several examples, no mask; each token's MLP output knows nothing of the layout."""
-    model = model_of()
-    ids = models.batch(1, 12)["input_ids"]
-    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 2]])
-    branch = branch_of(model, "token")
-    with branch.attached(KEY) as record:
-        model(input_ids=ids, position_ids=positions, use_cache=False)
-    batch = {"input_ids": ids, "position_ids": positions}
-    mlps = list(branch.modules.values())
-    assert record.groups == 3
-    assert record.error.item() == pytest.approx(oracle.token_error(model, batch, mlps, 4, 5, KEY), rel=1e-9)
-
-
-@pytest.mark.parametrize("placement", PLACEMENTS)
-def test_bf16_is_fp32_up_to_rounding(placement: str) -> None:
-    errors = [
-        run(model, branch_of(model, placement), batch_of(8, pads="right"))[0].error
-        for model in (model_of(dtype=torch.bfloat16), model_of(dtype=torch.float32))
-    ]
-    assert errors[0].dtype == torch.float32
-    assert errors[0].item() == pytest.approx(errors[1].item(), rel=0.1)
-
-
-# -- with other adapters --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("trajectories", [1, 3])
-@pytest.mark.parametrize("noised", [[0], [1], [2], "all", [3]])
-def test_with_dipnets_noise_and_trajectories(placement: str, trajectories: int, noised: Any) -> None:
-    """Whatever is noised, the main branch does not change, and noise as such makes no error."""
-    model = models.adapt(model_of("llama"), noise_blocks=noised, target_modules=[], r=0)
-    batch, branch = batch_of(5, pads="right"), branch_of(model.get_base_model(), placement)
-    with model.base_model.sampling(KEY, trajectories):
-        plain = model(**batch, use_cache=False).logits
-    outputs = []
-    for branch_outside in (True, False):
-        if branch_outside:
-            with branch.attached(KEY, batch["attention_mask"]) as record, model.base_model.sampling(KEY, trajectories):
-                logits = model(**batch, use_cache=False).logits
-        else:
-            with model.base_model.sampling(KEY, trajectories), branch.attached(KEY, batch["attention_mask"]) as record:
-                logits = model(**batch, use_cache=False).logits
-        assert torch.equal(plain, logits)
-        outputs.append(record.error.item())
-    assert outputs[0] == outputs[1]
-    rows = 5 * (1 if noised == [3] else trajectories)
-    if placement == "sequence":
-        assert record.groups == rows // 4
-
-
-def test_noise_inside_the_range_is_coded_like_a_sample() -> None:
-    """Where blocks are affine, noise leaves nothing but the affine floor; the gradient reaches the noise."""
-    model = models.adapt(model_of("llama"), noise_blocks=[2], target_modules=[], r=0)
-    base = model.get_base_model()
-    for layer in base.model.layers:
-        layer.forward = lambda hidden_states, **_: 2 * hidden_states + 1
-    batch = batch_of(4)
-    with model.base_model.sampling(KEY, 1), branch_of(base, "sequence").attached(KEY) as record:
-        with torch.no_grad():
-            states = base.model.embed_tokens(batch["input_ids"])
-        seen = []
-        handle = base.model.layers[2].register_forward_hook(lambda module, args, output: seen.append(output))
-        model(input_ids=batch["input_ids"])
-        handle.remove()
-    order = group_permutation(KEY.tensor(), 4)
-    outputs = seen[0][order]
-    expected = reconstruction_error(outputs, decode(encode(outputs, 5), 4))
-    assert not torch.allclose(seen[0], 2 * (2 * (2 * states + 1) + 1) + 1)
-    assert record.error.item() == pytest.approx(expected.item(), rel=1e-6)
-    record.error.backward()
-    noise = next(p for name, p in model.named_parameters() if "lora_dip" in name)
-    assert noise.grad.abs().max() > 0
-
-
-@pytest.mark.parametrize("placement", PLACEMENTS)
-def test_prompt_tunings_virtual_tokens_are_valid_tokens(placement: str) -> None:
-    model = get_peft_model(model_of(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)).double()
-    batch = batch_of(4)
-    record, _ = run(model, branch_of(model.get_base_model(), placement), batch)
-    assert record.groups == (1 if placement == "sequence" else 4 * 9 // 4)
-    gradients(model, record.error)
-
-
-# -- bad input ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"placement": "row"}, "dres_placement='row' must be one of sequence, token"),
-        ({"group_size": 1}, "dres_group_size=1 must be at least 2"),
-        ({"oversampling": 0.75}, "dres_oversampling=0.75 must be at least 1"),
-        ({"oversampling": float("nan")}, "dres_oversampling=nan must be at least 1"),
-        ({"oversampling": 2.25}, r"dres_oversampling=2.25: .*always 0; change"),
-        ({"blocks": [4]}, r"dres_blocks=\[4\]: the model has 4 blocks"),
-        ({"blocks": 5}, "dres_blocks=5"),
-        ({"placement": "sequence", "blocks": [0, 2]}, "without gaps"),
-    ],
-)
-def test_refused_options(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        branch_of(model_of(), **{"placement": "token", **options})
-
-
-@pytest.mark.parametrize(
-    ("family", "message"), [("opt", "no submodule of its own"), ("mixtral", "mixture of experts")]
-)
-def test_refused_mlps(family: str, message: str) -> None:
-    with pytest.raises(ValueError, match=rf"{message}.*use dres_placement='sequence'"):
-        branch_of(model_of(family), "token")
-
-
-def test_refused_batches() -> None:
-    branch = branch_of(model_of(), "sequence")
-    branch.check(4, padding_free=False)
-    branch_of(model_of(), "token").check(1, padding_free=True)
-    with pytest.raises(ValueError, match="padding_free=True lays end to end"):
-        branch.check(4, padding_free=True)
-    with pytest.raises(ValueError, match="dres_group_size=4 is more than the 3 rows"):
-        branch.check(3, padding_free=False)
-    with pytest.raises(ValueError, match="the batch's own"), branch.attached(KEY, torch.ones(4, 1, 7, 7)):
-        pass
-
-
-def test_refused_at_the_forward_pass() -> None:
-    model, batch = model_of(), batch_of(4)
-    positions = torch.arange(7).repeat(4, 1) + torch.arange(4)[:, None]
-    with pytest.raises(ValueError, match="'position_ids' differs between the rows"):
-        run(model, branch_of(model, "sequence"), {**batch, "position_ids": positions})
-    with branch_of(model, "token").attached(KEY) as record:
-        pass
-    with pytest.raises(RuntimeError, match="no forward pass"):
-        _ = record.error
-
-
-def test_default_is_the_last_quarter() -> None:
-    assert list(DReSBranch(model_of(), placement="sequence").modules) == ["model.layers.3"]
-    assert list(DReSBranch(model_of(num_hidden_layers=6)).modules) == ["model.layers.4.mlp", "model.layers.5.mlp"]

@@ -6,9 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from dip_hf.icp import FeatureLoss, ICPBranch, ICPOptions
 
 
 VOCABULARY, HIDDEN, DEPTH = 24, 32, 4
@@ -83,3 +86,14 @@ def block_outputs(model: nn.Module, run: Callable[[], object]) -> list[Tensor]:
     for handle in handles:
         handle.remove()
     return outputs
+
+
+def with_lora(model: nn.Module, dropout: float = 0.0) -> nn.Module:
+    return get_peft_model(model, LoraConfig(target_modules="all-linear", r=4, lora_dropout=dropout)).train()
+
+
+def icp(model: nn.Module, inputs: dict[str, Tensor], **options: object) -> tuple[ICPBranch, FeatureLoss, Tensor]:
+    branch = ICPBranch(model, ICPOptions(**options))
+    with branch.clean() as record:
+        task = task_loss(model, inputs)
+    return branch, branch.loss(record, inputs, task, lambda: task_loss(model, inputs)), task

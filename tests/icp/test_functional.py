@@ -15,10 +15,12 @@ from dip_hf.icp.functional import (
     layer_weights,
     perturbation_step,
     perturbed_tokens,
+    random_shift,
     schedule,
     term_weights,
 )
 from dip_hf.icp.options import ICPOptions
+from dip_hf.noise import NoiseKey
 from tests.icp.support import padded_batch, padding_free_batch
 
 
@@ -70,6 +72,21 @@ def test_adam_is_sign_at_first_and_torchs_adam_later() -> None:
 def test_unknown_update() -> None:
     with pytest.raises(ValueError, match="update='sgd' must be one of"):
         perturbation_step(torch.ones(1, 1, 2), torch.ones(1, 1, 2), torch.ones(1, 1, dtype=torch.bool), 0.1, "sgd")
+
+
+def test_a_random_shift_is_as_long_and_points_anywhere() -> None:
+    torch.manual_seed(0)
+    shift = torch.randn(2, 500, 16)
+    shift[0, 3] = 0
+    key = NoiseKey(4).tensor()
+    random = random_shift(shift, key)
+    assert torch.allclose(random.norm(dim=-1), shift.norm(dim=-1), rtol=1e-5) and not random[0, 3].any()
+    assert random.equal(random_shift(shift, key)) and not random.equal(random_shift(shift, NoiseKey(5).tensor()))
+    unit = torch.nn.functional.normalize(random, dim=-1)
+    assert unit.mean((0, 1)).abs().max() < 0.04  # 5 standard deviations of a mean over 1,000 directions
+    cosine = torch.nn.functional.cosine_similarity(random, shift, dim=-1)
+    assert cosine.square().mean().item() == pytest.approx(1 / 16, rel=0.25)  # uniform on the sphere
+    assert random_shift(shift.double(), key).dtype == torch.float64
 
 
 def test_layer_weights() -> None:

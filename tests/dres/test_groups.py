@@ -1,0 +1,220 @@
+"""Which samples are coded: groups, packing, padding, DIPNet's noise and trajectories, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import PromptTuningConfig, get_peft_model
+
+from dip_hf.dres import DReSBranch, coded_pass
+from dip_hf.dres.functional import decode, encode, group_permutation, reconstruction_error
+from tests.dipnet import models
+from tests.dres import oracle
+from tests.dres.support import KEY, PLACEMENTS, batch_of, branch_of, gradients, model_of, run
+
+
+# -- groups ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_groups_change_with_the_key_and_with_nothing_else(placement: str) -> None:
+    model, batch = model_of(), batch_of(8)
+    branch = branch_of(model, placement)
+    first, again, other = (run(model, branch, batch, key)[0].error for key in (KEY, KEY, KEY._replace(step=4)))
+    assert first == again
+    assert first != other
+
+
+@pytest.mark.parametrize(("placement", "pads"), [("sequence", "right"), ("sequence", None), ("token", None)])
+def test_a_share_of_the_groups_estimates_the_mean_over_all(
+    placement: str, pads: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the groups in reverse order half of them are the other half: the two halves' mean is the whole, exactly."""
+    model, batch = model_of(), batch_of(8, pads=pads)
+
+    def error(share: float, reverse: bool) -> torch.Tensor:
+        def permutation(key: torch.Tensor, count: int) -> torch.Tensor:
+            order = group_permutation(key, count).view(4, -1)
+            return (order.flip(1) if reverse else order).flatten()
+
+        monkeypatch.setattr(coded_pass, "group_permutation", permutation)
+        return run(model, branch_of(model, placement, share=share), batch)[0].error
+
+    whole, one, other = error(1.0, False), error(0.5, False), error(0.5, True)
+    assert one.item() != pytest.approx(other.item(), rel=1e-3)
+    assert (one + other).item() / 2 == pytest.approx(whole.item(), rel=1e-6)  # some of Llama is in fp32
+    assert error(1.0, True).item() == pytest.approx(whole.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_share_depends_on_the_key_alone(placement: str) -> None:
+    model, batch = model_of(), batch_of(8)
+    branch = branch_of(model, placement, share=0.5)
+    first, again, other = (run(model, branch, batch, key)[0].error for key in (KEY, KEY, KEY._replace(step=4)))
+    assert first == again
+    assert first != other
+
+
+@pytest.mark.parametrize(("share", "coded"), [(1.0, 14), (0.5, 7), (0.3, 5), (1 / 14, 1), (1e-12, 1)])
+def test_a_share_is_rounded_up_to_whole_groups(share: float, coded: int) -> None:
+    model, shapes = model_of(), []
+    branch = branch_of(model, "token", share=share, blocks=[1])
+    forward = model.model.layers[1].mlp.forward
+    model.model.layers[1].mlp.forward = lambda x: shapes.append(tuple(x.shape)) or forward(x)
+    record, _ = run(model, branch, batch_of(8))
+    assert record.groups == coded
+    assert shapes == [(8, 7, 32), (1, 5 * coded, 32)]
+
+
+@pytest.mark.parametrize(("placement", "rows", "length"), [("sequence", 3, 7), ("token", 1, 3)])
+def test_a_batch_too_small_for_one_group_gives_zero(placement: str, rows: int, length: int) -> None:
+    model = model_of().train()
+    record, logits = run(model, branch_of(model, placement), batch_of(rows, length))
+    assert record.groups == 0 and record.error == 0
+    (record.error + logits.mean()).backward()
+
+
+def test_packed_rows() -> None:
+    """Padding-free: one row, several examples, no mask; each token's MLP output knows nothing of the layout."""
+    model = model_of()
+    ids = models.batch(1, 12)["input_ids"]
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 2]])
+    branch = branch_of(model, "token")
+    with branch.attached(KEY) as record:
+        model(input_ids=ids, position_ids=positions, use_cache=False)
+    batch = {"input_ids": ids, "position_ids": positions}
+    mlps = list(branch.modules.values())
+    assert record.groups == 3
+    assert record.error.item() == pytest.approx(oracle.token_error(model, batch, mlps, 4, 5, KEY), rel=1e-9)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_bf16_is_fp32_up_to_rounding(placement: str) -> None:
+    errors = [
+        run(model, branch_of(model, placement), batch_of(8, pads="right"))[0].error
+        for model in (model_of(dtype=torch.bfloat16), model_of(dtype=torch.float32))
+    ]
+    assert errors[0].dtype == torch.float32
+    assert errors[0].item() == pytest.approx(errors[1].item(), rel=0.1)
+
+
+# -- with other adapters --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("trajectories", [1, 3])
+@pytest.mark.parametrize("noised", [[0], [1], [2], "all", [3]])
+def test_with_dipnets_noise_and_trajectories(placement: str, trajectories: int, noised: Any) -> None:
+    """Whatever is noised, the main branch does not change, and noise as such makes no error."""
+    model = models.adapt(model_of("llama"), noise_blocks=noised, target_modules=[])
+    batch, branch = batch_of(5, pads="right"), branch_of(model.get_base_model(), placement)
+    with model.base_model.sampling(KEY, trajectories):
+        plain = model(**batch, use_cache=False).logits
+    outputs = []
+    for branch_outside in (True, False):
+        if branch_outside:
+            with branch.attached(KEY, batch["attention_mask"]) as record, model.base_model.sampling(KEY, trajectories):
+                logits = model(**batch, use_cache=False).logits
+        else:
+            with model.base_model.sampling(KEY, trajectories), branch.attached(KEY, batch["attention_mask"]) as record:
+                logits = model(**batch, use_cache=False).logits
+        assert torch.equal(plain, logits)
+        outputs.append(record.error.item())
+    assert outputs[0] == outputs[1]
+    rows = 5 * (1 if noised == [3] else trajectories)
+    if placement == "sequence":
+        assert record.groups == rows // 4
+
+
+def test_noise_inside_the_range_is_coded_like_a_sample() -> None:
+    """Where blocks are affine, noise leaves nothing but the affine floor; the gradient reaches the noise."""
+    model = models.adapt(model_of("llama"), noise_blocks=[2], target_modules=[])
+    base = model.get_base_model()
+    for layer in base.model.layers:
+        layer.forward = lambda hidden_states, **_: 2 * hidden_states + 1
+    batch = batch_of(4)
+    with model.base_model.sampling(KEY, 1), branch_of(base, "sequence").attached(KEY) as record:
+        with torch.no_grad():
+            states = base.model.embed_tokens(batch["input_ids"])
+        seen = []
+        handle = base.model.layers[2].register_forward_hook(lambda module, args, output: seen.append(output))
+        model(input_ids=batch["input_ids"])
+        handle.remove()
+    order = group_permutation(KEY.tensor(), 4)
+    outputs = seen[0][order]
+    expected = reconstruction_error(outputs, decode(encode(outputs, 5), 4))
+    assert not torch.allclose(seen[0], 2 * (2 * (2 * states + 1) + 1) + 1)
+    assert record.error.item() == pytest.approx(expected.item(), rel=1e-6)
+    record.error.backward()
+    noise = next(p for name, p in model.named_parameters() if "lora_dip" in name)
+    assert noise.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_prompt_tunings_virtual_tokens_are_valid_tokens(placement: str) -> None:
+    model = get_peft_model(model_of(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)).double()
+    batch = batch_of(4)
+    record, _ = run(model, branch_of(model.get_base_model(), placement), batch)
+    assert record.groups == (1 if placement == "sequence" else 4 * 9 // 4)
+    gradients(model, record.error)
+
+
+# -- bad input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"placement": "row"}, "dres_placement='row' must be one of sequence, token"),
+        ({"group_size": 1}, "dres_group_size=1 must be at least 2"),
+        ({"oversampling": 0.75}, "dres_oversampling=0.75 must be at least 1"),
+        ({"oversampling": float("nan")}, "dres_oversampling=nan must be at least 1"),
+        ({"oversampling": 2.25}, r"dres_oversampling=2.25: .*always 0; change"),
+        ({"share": 0.0}, "dres_share=0.0 must be above 0 and at most 1"),
+        ({"share": float("nan")}, "dres_share=nan must be above 0"),
+        ({"blocks": [4]}, r"dres_blocks=\[4\]: the model has 4 blocks"),
+        ({"blocks": 5}, "dres_blocks=5"),
+        ({"placement": "sequence", "blocks": [0, 2]}, "without gaps"),
+    ],
+)
+def test_refused_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        branch_of(model_of(), **{"placement": "token", **options})
+
+
+@pytest.mark.parametrize(
+    ("family", "message"), [("opt", "no submodule of its own"), ("mixtral", "mixture of experts")]
+)
+def test_refused_mlps(family: str, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"{message}.*use dres_placement='sequence'"):
+        branch_of(model_of(family), "token")
+
+
+def test_refused_batches() -> None:
+    branch = branch_of(model_of(), "sequence")
+    branch.check(4, padding_free=False)
+    branch_of(model_of(), "token").check(1, padding_free=True)
+    with pytest.raises(ValueError, match="padding_free=True lays end to end"):
+        branch.check(4, padding_free=True)
+    with pytest.raises(ValueError, match="dres_group_size=4 is more than the 3 rows"):
+        branch.check(3, padding_free=False)
+    with pytest.raises(ValueError, match="the batch's own"), branch.attached(KEY, torch.ones(4, 1, 7, 7)):
+        pass
+
+
+def test_refused_at_the_forward_pass() -> None:
+    model, batch = model_of(), batch_of(4)
+    positions = torch.arange(7).repeat(4, 1) + torch.arange(4)[:, None]
+    with pytest.raises(ValueError, match="'position_ids' differs between the rows"):
+        run(model, branch_of(model, "sequence"), {**batch, "position_ids": positions})
+    with branch_of(model, "token").attached(KEY) as record:
+        pass
+    with pytest.raises(RuntimeError, match="no forward pass"):
+        _ = record.error
+
+
+def test_default_is_the_last_quarter() -> None:
+    assert list(DReSBranch(model_of(), placement="sequence").modules) == ["model.layers.3"]
+    assert list(DReSBranch(model_of(num_hidden_layers=6)).modules) == ["model.layers.4.mlp", "model.layers.5.mlp"]
