@@ -6,14 +6,17 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from enum import Enum
 
-from peft import mapping
+from peft import LoraConfig, mapping
 from peft.config import PeftConfig
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import LoraVariant
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.other import get_pattern_key
 
 
 __all__ = [
@@ -22,9 +25,12 @@ __all__ = [
     "DIPPeftType",
     "LoraLayer",
     "LoraModel",
+    "LoraVariant",
     "check_adapters_to_merge",
     "clean_name",
+    "get_pattern_key",
     "register",
+    "requested_variants",
 ]
 
 # Parts that FSDP, activation checkpointing and torch.compile put into the names of what they wrap.
@@ -42,6 +48,17 @@ def register(peft_type: DIPPeftType, config_cls: type[PeftConfig], tuner_cls: ty
     mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config_cls
     mapping.PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = tuner_cls
     mapping.PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = tuner_cls.prefix
+
+
+def requested_variants(config: LoraConfig) -> list[str]:
+    """Names of the fields that ask for a variant of LoRA (DoRA, MonteCLoRA, ...), of which a layer has at most one."""
+    names = [
+        option.name
+        for option in fields(config)
+        if option.metadata.get("is_lora_variant") and getattr(config, option.name)
+    ]
+    inits = LoraConfig.__dataclass_fields__["init_lora_weights"].metadata["lora_variants"]
+    return names + (["init_lora_weights"] if config.init_lora_weights in inits else [])
 
 
 def clean_name(name: str) -> str:

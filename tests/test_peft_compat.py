@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from importlib.metadata import requires, version
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
-from peft import PeftConfig, mapping
+from peft import LoraConfig, PeftConfig, mapping
+from peft.tuners import lora
+from peft.tuners.lora.config import MontecloraConfig
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
 from dip_hf import DIPNetConfig, DIPNetModel
-from dip_hf.peft_compat import DUMMY_TARGET_MODULES, DIPPeftType, clean_name
+from dip_hf.peft_compat import (
+    DUMMY_TARGET_MODULES,
+    DIPPeftType,
+    LoraVariant,
+    clean_name,
+    get_pattern_key,
+    requested_variants,
+)
 
 
 def test_the_installed_version_is_one_that_is_declared() -> None:
@@ -38,11 +49,22 @@ def test_importing_registers_the_method() -> None:
         (BaseTuner, "_unload_and_optionally_merge", ["merge", "progressbar", "safe_merge", "adapter_names"]),
         (BaseTuner, "_get_adapter_state_dict", ["model", "config", "adapter_name", "state_dict"]),
         (BaseTuner, "_remove_adapter_name_from_key", ["key", "adapter_name"]),
+        (BaseTuner, "_remap_adapter_state_dict_for_load", ["model", "config", "adapter_name", "state_dict"]),
+        (
+            LoraModel,
+            "_create_and_replace",
+            ["lora_config", "adapter_name", "target", "target_name", "parent", "current_key"],
+        ),
         (LoraModel, "add_weighted_adapter", ["adapters", "weights", "adapter_name"]),
         (LoraModel, "_enable_peft_forward_hooks", ["args", "kwargs"]),
         (BaseTunerLayer, "merge", ["safe_merge", "adapter_names"]),
         (BaseTunerLayer, "_freeze_non_trainable_peft_weights", ["adapter_names"]),
         (BaseTunerLayer, "get_base_layer", []),
+        (BaseTuner, "_check_target_module_exists", ["peft_config", "key"]),
+        (LoraVariant, "forward", ["module", "active_adapter", "x", "result", "kwargs"]),
+        (LoraVariant, "merge_safe", ["module", "active_adapter", "orig_weight"]),
+        (LoraVariant, "merge_unsafe", ["module", "active_adapter", "orig_weight"]),
+        (LoraVariant, "unmerge", ["module", "active_adapter", "orig_weight"]),
     ],
 )
 def test_overridden_methods_take_the_arguments_that_are_passed_on(
@@ -50,6 +72,11 @@ def test_overridden_methods_take_the_arguments_that_are_passed_on(
 ) -> None:
     found = [parameter for parameter in inspect.signature(getattr(owner, name)).parameters if parameter != "self"]
     assert found[: len(parameters)] == parameters
+
+
+def test_the_rank_pattern_of_a_module() -> None:
+    assert get_pattern_key(["k_proj", r"1\..*q_proj"], "layers.1.self_attn.q_proj") == r"1\..*q_proj"
+    assert get_pattern_key(["k_proj"], "layers.1.self_attn.q_proj") == "layers.1.self_attn.q_proj"
 
 
 def test_no_targets_means_the_dummy_target() -> None:
@@ -70,3 +97,29 @@ def test_no_targets_means_the_dummy_target() -> None:
 )
 def test_names_without_wrappers(name: str, clean: str) -> None:
     assert clean_name(name) == clean
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({}, []),
+        ({"use_rslora": True, "init_lora_weights": "gaussian"}, []),
+        ({"use_dora": True}, ["use_dora"]),
+        ({"monteclora_config": MontecloraConfig()}, ["monteclora_config"]),
+        ({"init_lora_weights": "mica"}, ["init_lora_weights"]),
+    ],
+    ids=str,
+)
+def test_variants_of_lora_are_told_by_their_fields(arguments: dict[str, Any], expected: list[str]) -> None:
+    assert requested_variants(LoraConfig(**arguments)) == expected
+
+
+def test_every_linear_lora_layer_hands_its_forward_pass_to_a_variant() -> None:
+    """A layer that did not would leave a posterior out silently."""
+    kinds = [lora.Linear]
+    if importlib.util.find_spec("bitsandbytes"):
+        kinds += [lora.Linear4bit, lora.Linear8bitLt]
+    for kind in kinds:
+        assert "self.lora_variant[active_adapter].forward(" in inspect.getsource(kind.forward)
+        for method in (kind.merge, kind.unmerge):
+            assert "self.lora_variant[active_adapter]." in inspect.getsource(method)

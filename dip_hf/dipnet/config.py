@@ -2,39 +2,54 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-import os
 from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Self
 
 from peft import LoraConfig
 
-from dip_hf.adapter_files import check_adapter_folder
-from dip_hf.peft_compat import DUMMY_TARGET_MODULES, DIPPeftType
+from dip_hf.adapter_files import WEIGHTS_NAME, check_adapter_folder, declared_shapes, fetch_weights, read_config
+from dip_hf.dipnet.field_checks import check_fields
+from dip_hf.dipnet.weight_checks import Shapes, check_declared
+from dip_hf.peft_compat import DUMMY_TARGET_MODULES, DIPPeftType, requested_variants
 
 
-ADAPTER_FORMAT = 1
-"""Version of the adapter's files; a reader refuses a newer one."""
+ADAPTER_FORMAT = 2
+"""Version of the adapter's files; a reader refuses a newer one. Adapters without a posterior are written as 1."""
 
 
 @dataclass
 class DIPNetConfig(LoraConfig):
     """LoRA, and at the input of chosen decoder blocks a sample of a learnable Gaussian around it (arXiv 2506.04690).
 
+    With `variational_rank` > 0 LoRA's A has a low-rank Gaussian posterior besides, or, with `noise_blocks=[]`, instead
+    (IBVI, arXiv 2505.20235; see dip_hf/ibvi/README.md).
+
     Takes all of `peft.LoraConfig`'s arguments. `target_modules=[]` gives noise without LoRA.
 
     Args:
         noise_blocks: which decoder blocks get noise at their input: "all"; n for the last n; a list of indices; or a
             regular expression that a block's module name must match. Later blocks cost less when several
-            trajectories are trained: they share the computation below the first noised block.
+            trajectories are trained: they share the computation below the first noised block. `[]` or 0 for none,
+            with `variational_rank` > 0 only.
         noise_scale: initial standard deviation, as a multiple of the RMS of the block's input, measured on the first
             batch. Must be positive.
         learn_noise: train the log-variances; False keeps the noise at `noise_scale`.
-        noise_in_eval: add noise in evaluation too. By default prediction is noise-free (the paper's default).
-        noise_seed: seed of the noise where no trainer provides one.
+        noise_in_eval: add noise in evaluation too, and sample the posterior. By default prediction is noise-free (the
+            paper's default) and by the posterior's mean.
+        noise_seed: seed of the posterior's initial covariance, and of the noise where no trainer provides one.
+        variational_rank: R, rank of the posterior's covariance; 0 is off.
+        variational_scale: c, initial standard deviation of a weight as a multiple of 1/√n, n the layer's input size
+            (c = 1 is the paper's). 0 keeps the covariance at zero: LoRA to the last bit.
+        variational_blocks: in which decoder blocks the targeted linear layers are variational, chosen as in
+            `noise_blocks`. Predictions share the computation below the first.
         block_names: module names of all decoder blocks, in order. Found by itself in transformers models, and
             recorded on injection.
         dip_format: version of the adapter's files, filled in.
+        dip_hf_version: version of this package that wrote the adapter, filled in.
 
     Raises:
         ValueError: a field's value makes no sense; the message names field, value and remedy.
@@ -50,16 +65,30 @@ class DIPNetConfig(LoraConfig):
         default=0.1, metadata={"help": "Initial standard deviation relative to the block input's RMS; positive."}
     )
     learn_noise: bool = field(default=True, metadata={"help": "Train the log-variances."})
-    noise_in_eval: bool = field(default=False, metadata={"help": "Add noise in evaluation too."})
+    noise_in_eval: bool = field(default=False, metadata={"help": "Noise and a sampled posterior in evaluation too."})
     noise_seed: int = field(default=0, metadata={"help": "Seed of the noise outside a trainer."})
+    variational_rank: int = field(default=0, metadata={"help": "R, rank of the covariance of LoRA's A; 0 is off."})
+    variational_scale: float = field(
+        default=1.0, metadata={"help": "c, initial standard deviation of a weight relative to 1/√n."}
+    )
+    variational_blocks: str | int | list[int] = field(
+        default="all", metadata={"help": "Blocks with a posterior: as for noise_blocks."}
+    )
     block_names: list[str] | None = field(
         default=None, metadata={"help": "Module names of all decoder blocks; found by itself where possible."}
     )
-    dip_format: int = field(default=ADAPTER_FORMAT, metadata={"help": "Version of the adapter's files."})
+    dip_format: int = field(default=1, metadata={"help": "Version of the adapter's files."})
+    dip_hf_version: str = field(default=version("dip_hf"), metadata={"help": "What wrote the adapter."})
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        check_fields(self)
+        try:
+            super().__post_init__()
+        except TypeError as error:  # of PEFT's nested configurations
+            raise ValueError(f"{error}; correct the field, or leave it unset.") from error
         self.peft_type = DIPPeftType.DIPNET
+        self.auto_mapping = None  # PEFT would import the module that it names
+        self._weight_shapes: Shapes | None = None  # of the weight file that this configuration came with
         if self.dip_format not in range(1, ADAPTER_FORMAT + 1):
             raise ValueError(
                 f"dip_format={self.dip_format!r}: this version of dip_hf reads formats 1 to {ADAPTER_FORMAT}; "
@@ -69,14 +98,15 @@ class DIPNetConfig(LoraConfig):
             raise ValueError(
                 f"noise_scale={self.noise_scale} must be positive and finite; for no noise use peft.LoraConfig."
             )
-        if isinstance(self.noise_blocks, tuple | range):
-            self.noise_blocks = list(self.noise_blocks)  # JSON knows no tuples
-        indices = self.noise_blocks if isinstance(self.noise_blocks, list) else [self.noise_blocks]
-        kinds = int if isinstance(self.noise_blocks, list) else str | int
-        if any(isinstance(index, bool) or not isinstance(index, kinds) for index in indices):
-            raise ValueError(
-                f"noise_blocks={self.noise_blocks!r} must be 'all', a number, a list of indices or a pattern."
-            )
+        for name in ("noise_blocks", "variational_blocks"):
+            blocks = getattr(self, name)
+            if isinstance(blocks, tuple | range):
+                blocks = list(blocks)  # JSON knows no tuples
+                setattr(self, name, blocks)
+            kinds = int if isinstance(blocks, list) else str | int
+            indices = blocks if isinstance(blocks, list) else [blocks]
+            if any(isinstance(index, bool) or not isinstance(index, kinds) for index in indices):
+                raise ValueError(f"{name}={blocks!r} must be 'all', a number, a list of indices or a pattern.")
         if self.layer_replication:
             raise ValueError(
                 f"layer_replication={self.layer_replication} shares one block's noise between several depths, which "
@@ -84,6 +114,44 @@ class DIPNetConfig(LoraConfig):
             )
         if isinstance(self.target_modules, set) and not self.target_modules and not self.target_parameters:
             self.target_modules = DUMMY_TARGET_MODULES
+        self._check_posterior()
+
+    def _check_posterior(self) -> None:
+        rank = self.variational_rank
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
+            raise ValueError(f"variational_rank={rank!r} must be a whole number, 0 (off) or more.")
+        if not 0 <= self.variational_scale < math.inf:
+            raise ValueError(
+                f"variational_scale={self.variational_scale} must not be negative; 0 keeps the covariance at zero."
+            )
+        if rank == 0:
+            if not self.projected:
+                raise ValueError(
+                    f"noise_blocks={self.noise_blocks!r} and variational_rank=0 leave nothing but LoRA; use "
+                    "peft.LoraConfig, or set one of them."
+                )
+            return
+        self.dip_format = max(self.dip_format, 2)
+        if variants := requested_variants(self):
+            raise ValueError(
+                f"variational_rank={rank} with {', '.join(variants)}: a LoRA layer cannot be both; leave "
+                f"{', '.join(variants)} unset, or set variational_rank to 0."
+            )
+        if self.target_parameters:
+            raise ValueError(
+                f"target_parameters={self.target_parameters} with variational_rank={rank}: only linear layers can be "
+                "variational; leave target_parameters unset, or set variational_rank to 0."
+            )
+        if self.noise_only:
+            raise ValueError(
+                f"target_modules=[] with variational_rank={rank}: without LoRA nothing can be variational; name "
+                "target modules, or set variational_rank to 0."
+            )
+
+    @property
+    def projected(self) -> bool:
+        """Whether there is noise at the input of any block."""
+        return self.noise_blocks not in (0, [])
 
     @property
     def noise_only(self) -> bool:
@@ -92,12 +160,34 @@ class DIPNetConfig(LoraConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Self:
-        """As PEFT's; a local folder whose weight file is pickled or damaged is refused before anything is read.
+        """As PEFT's; what cannot be loaded safely and whole is refused before any weight is read or allocated.
+
+        The configuration remembers the shapes in its weight file, and fits only models that have them;
+        `dataclasses.replace(config)` makes one for a new adapter.
 
         Raises:
-            ValueError: see `dip_hf.adapter_files.check_adapter_folder`.
+            ValueError: see `dip_hf.adapter_files.check_adapter_folder`; or `subfolder` leads out of the folder, the
+                file has unknown keys or another `peft_type`, or a field's value makes no sense.
         """
-        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
-        if os.path.isdir(folder):
-            check_adapter_folder(folder, require_weights=False)
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if subfolder is not None and (Path(subfolder).is_absolute() or ".." in Path(subfolder).parts):
+            raise ValueError(f"subfolder={subfolder!r} leads out of the adapter's folder; name one inside it.")
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        if not folder.is_dir():
+            folder = fetch_weights(str(pretrained_model_name_or_path), subfolder, kwargs)
+        check_adapter_folder(folder, require_weights=False)
+        content = read_config(folder)
+        if content.get("peft_type") != DIPPeftType.DIPNET.value:
+            raise ValueError(
+                f"{folder}: peft_type={content.get('peft_type')!r} is no DIPNet adapter; PEFT loads it as it is."
+            )
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        unknown = sorted(set(content) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(
+                f"{folder}: adapter_config.json has the unknown keys {unknown}; upgrade dip_hf and peft if a newer "
+                "release wrote it, or remove them."
+            )
+        if (folder / WEIGHTS_NAME).is_file() and not kwargs.get("ignore_mismatched_sizes"):
+            config._weight_shapes = declared_shapes(folder)
+            check_declared(config, config._weight_shapes)
+        return config

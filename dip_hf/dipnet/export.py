@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
 from dip_hf.adapter_files import WEIGHTS_NAME, check_adapter_folder
@@ -48,9 +48,7 @@ def export_lora(adapter: str | Path | PeftModel, output: str | Path, adapter_nam
 
 def _export_folder(source: Path, output: Path) -> Path:
     check_adapter_folder(source)
-    config = PeftConfig.from_pretrained(str(source))
-    if not isinstance(config, DIPNetConfig):
-        raise ValueError(f"adapter={source} is a {type(config).__name__}, no DIPNetConfig; PEFT loads it as it is.")
+    config = DIPNetConfig.from_pretrained(str(source))
     names = [field.name for field in dataclasses.fields(LoraConfig) if field.init]
     lora = LoraConfig(**{name: getattr(config, name) for name in names})
     weights = {

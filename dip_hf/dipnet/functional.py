@@ -38,7 +38,12 @@ def variance_penalty(
     return alpha * variance - beta * log_variance, variance, log_variance
 
 
-def output_variance(hidden_states: Tensor, head: Tensor, mask: Tensor, trajectories: int) -> Tensor:
+def head_gram(head: Tensor) -> Tensor:
+    """WᵀW of the LM head W, shape (vocabulary, d): shape (d, d), fp32. It costs what d tokens cost in the head."""
+    return head.float().T @ head.float()
+
+
+def output_variance(hidden_states: Tensor, gram: Tensor, mask: Tensor, trajectories: int) -> Tensor:
     """Eq. 4's last term without its weight: the trace of the unbiased covariance of the outputs, summed over tokens.
 
     1/(m(m-1)) Σ_{j1<j2} ‖f_j1 - f_j2‖² = 1/(m-1) Σ_j ‖f_j - f̄‖², and the outputs are the logits f = W h + b, so with
@@ -46,7 +51,7 @@ def output_variance(hidden_states: Tensor, head: Tensor, mask: Tensor, trajector
 
     Args:
         hidden_states: final hidden states, shape (m · batch, length, d), trajectory-major.
-        head: W, shape (vocabulary, d).
+        gram: WᵀW, as `head_gram` gives it.
         mask: which positions count, shape (batch, length), bool.
         trajectories: m ≥ 2.
 
@@ -55,5 +60,4 @@ def output_variance(hidden_states: Tensor, head: Tensor, mask: Tensor, trajector
     """
     states = hidden_states.float().unflatten(0, (trajectories, -1))[:, mask]
     deviations = states - states.mean(0)
-    gram = head.float().T @ head.float()
     return ((deviations @ gram) * deviations).sum() / (trajectories - 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -13,49 +12,13 @@ from torch.utils.hooks import RemovableHandle
 
 from dip_hf.dipnet.functional import token_rms
 from dip_hf.dipnet.trajectories import repeat_rows
-from dip_hf.noise import NoiseKey, add_noise
+from dip_hf.noise import add_noise
+from dip_hf.noise_state import NoiseState
 from dip_hf.peft_compat import BaseTunerLayer, check_adapters_to_merge
 
 
-@dataclass
-class NoiseState:
-    """What all noise sites of a model share; the tuner's `sampling` context sets it.
-
-    Attributes:
-        key: `NoiseKey.tensor()` of the current forward pass.
-        trajectories: m, the number of trajectories folded into the batch from the first noised block on.
-        sampling: whether a `sampling` context is open: noise is then on in evaluation too, under that context's key.
-        last_layer: index of the last block that drew noise outside such a context: a block not above it belongs to
-            a new forward pass, which gets a new key. Starts above every block.
-        attention_mask: of the current forward pass, shape (batch, length), nonzero where valid; None where unknown.
-        log_variances: per block index the log-variance of this context's pass, relative to the squared RMS, with its
-            gradient, and that RMS. Written by the sites, because under FSDP and ZeRO-3 a parameter is whole only
-            while its module runs.
-    """
-
-    key: Tensor = field(default_factory=lambda: NoiseKey(0).tensor())
-    trajectories: int = 1
-    sampling: bool = False
-    last_layer: int = 1 << 30
-    attention_mask: Tensor | None = None
-    log_variances: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-    def enter_layer(self, layer: int, seed: int) -> None:
-        """Outside any `sampling` context: on a new forward pass, go on to the next step of `seed` and this rank.
-
-        Raises:
-            RuntimeError: called while a backward pass recomputes activations, whose noise it could not repeat.
-        """
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            raise RuntimeError(
-                "a checkpoint around a decoder block recomputes its noise, which would differ from the forward "
-                "pass's; use `model.gradient_checkpointing_enable()`, which leaves the block's hooks outside, or keep "
-                "the `sampling` context open through the backward pass."
-            )
-        if layer <= self.last_layer:
-            rank = dist.get_rank() if dist.is_initialized() else 0
-            self.key = torch.cat([torch.tensor([seed]), self.key[1:2] + 1, torch.tensor([0, rank])])
-        self.last_layer = layer
+LOG_VARIANCE = "lora_dip_log_variance"
+"""Name of the ModuleDict of a noise site."""
 
 
 class LogVariance(nn.Module):
@@ -74,8 +37,13 @@ class LogVariance(nn.Module):
 
     def __init__(self, size: int, scale: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.full((size,), 2 * math.log(scale), dtype=torch.float32))
+        self.size, self.scale = size, scale
+        self.weight = nn.Parameter(self.initial())
         self.register_buffer("rms", torch.zeros(1))
+
+    def initial(self) -> Tensor:
+        """The initial weight, shape (d,), fp32."""
+        return torch.full((self.size,), 2 * math.log(self.scale), dtype=torch.float32)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """The relative log-variance, shape (d,), fp32, and the standard deviation rms · exp(weight / 2)."""
@@ -92,7 +60,7 @@ class NoiseSite(nn.Module, BaseTunerLayer):
         state: shared by all sites of the model.
     """
 
-    adapter_layer_names = ("lora_dip_log_variance",)
+    adapter_layer_names = (LOG_VARIANCE,)
     other_param_names = ()
     frozen_peft_weight_names: dict[str, tuple[str, ...]]
     merged_adapters: list[str]

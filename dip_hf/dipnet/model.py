@@ -1,4 +1,4 @@
-"""The DIPNet tuner: LoRA with noise sites on decoder blocks."""
+"""The DIPNet tuner: LoRA with noise sites on decoder blocks, and posteriors in LoRA layers."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from torch import Tensor, nn
 
 from dip_hf.blocks import find_decoder_blocks, select_blocks
 from dip_hf.dipnet.config import DIPNetConfig
-from dip_hf.dipnet.layer import NoiseSite, NoiseState
+from dip_hf.dipnet.layer import NoiseSite
 from dip_hf.dipnet.trajectories import fold_trajectories
+from dip_hf.dipnet.weight_checks import CheckedLoraModel
+from dip_hf.ibvi.layer import Covariance, active_covariances, make_point
+from dip_hf.ibvi.placement import add_posteriors, check_targets
 from dip_hf.noise import NoiseKey
-from dip_hf.peft_compat import BaseTunerLayer, LoraLayer, LoraModel, clean_name
+from dip_hf.noise_state import NoiseState
+from dip_hf.peft_compat import BaseTunerLayer, LoraLayer, clean_name
 
 
 SITE_NAME = "dip_noise"
@@ -36,8 +40,8 @@ def _input_size(model: nn.Module, block: nn.Module, name: str) -> int:
     )
 
 
-class DIPNetModel(LoraModel):
-    """`LoraModel` that also puts a `NoiseSite` on each block that its config chooses.
+class DIPNetModel(CheckedLoraModel):
+    """`LoraModel` that also puts noise sites on decoder blocks, and posteriors in LoRA layers, as its config says.
 
     A site is a child module of the block with a forward pre-hook; the block itself is not wrapped, so everything
     that PEFT, transformers and TRL do with blocks goes on working.
@@ -53,13 +57,15 @@ class DIPNetModel(LoraModel):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """As PEFT's, then add the noise sites. Everything about blocks is checked before anything is changed.
+        """As PEFT's, then add noise sites and posteriors. Blocks and targets are checked before anything is changed.
 
         Raises:
-            ValueError: `noise_blocks` or `block_names` fits no block of the model.
+            ValueError: `noise_blocks`, `variational_blocks` or `block_names` fits no block of the model; a targeted
+                module of the variational blocks cannot have a posterior.
         """
         config = self.peft_config[adapter_name]
         chosen = self._resolve_blocks(model, config)
+        variational = self._resolve_posterior(model, config)
         earlier = {name: module for name, module in model.named_modules() if isinstance(module, NoiseSite)}
         super().inject_adapter(
             model,
@@ -71,8 +77,19 @@ class DIPNetModel(LoraModel):
         for name, site in earlier.items():
             self._keep_outside(model, name, site)
         # After PEFT's own injection, which takes a model that already holds tuner layers for a second adapter's.
+        state = self.noise_state(model)
         for layer in chosen:
-            self._add_site(model, adapter_name, config, layer, low_cpu_mem_usage)
+            self._add_site(model, adapter_name, config, layer, state, low_cpu_mem_usage)
+        if variational:
+            add_posteriors(model, adapter_name, config, variational, state, low_cpu_mem_usage)
+
+    def _resolve_posterior(self, model: nn.Module, config: DIPNetConfig) -> list[int]:
+        if config.variational_rank == 0:
+            return []
+        assert config.block_names is not None  # resolved before
+        chosen = select_blocks(config.block_names, config.variational_blocks, "variational_blocks")
+        check_targets(model, config, chosen, lambda name: bool(self._check_target_module_exists(config, name)))
+        return chosen
 
     def _resolve_blocks(self, model: nn.Module, config: DIPNetConfig) -> list[int]:
         names = config.block_names or find_decoder_blocks(model)
@@ -80,7 +97,7 @@ class DIPNetModel(LoraModel):
         missing = [name for name in names if name not in modules]
         if missing:
             raise ValueError(f"block_names: {missing} are no modules of {type(model).__name__}; correct the names.")
-        chosen = select_blocks(names, config.noise_blocks, "noise_blocks")
+        chosen = select_blocks(names, config.noise_blocks, "noise_blocks") if config.projected else []
         for layer in chosen:
             _input_size(model, modules[names[layer]], names[layer])
         noised = {names[layer] for layer in chosen}
@@ -104,14 +121,20 @@ class DIPNetModel(LoraModel):
             site.attach(block, SITE_NAME)
 
     def _add_site(
-        self, model: nn.Module, adapter_name: str, config: DIPNetConfig, layer: int, low_cpu_mem_usage: bool
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        config: DIPNetConfig,
+        layer: int,
+        state: NoiseState,
+        low_cpu_mem_usage: bool,
     ) -> None:
         assert config.block_names is not None  # resolved above
         name = config.block_names[layer]
         block = model.get_submodule(name)
         site = getattr(block, SITE_NAME, None)  # not from _modules: a compiled block passes the question on
         if not isinstance(site, NoiseSite):
-            site = NoiseSite(layer, _input_size(model, block, name), self.noise_state(model))
+            site = NoiseSite(layer, _input_size(model, block, name), state)
             site.attach(block, SITE_NAME)
             # A LoRA layer is born in training mode, whatever the mode of what it wraps.
             site.train((block.get_base_layer() if isinstance(block, BaseTunerLayer) else block).training)
@@ -132,8 +155,9 @@ class DIPNetModel(LoraModel):
 
     @staticmethod
     def noise_state(model: nn.Module) -> NoiseState:
-        """The state that the model's sites share; a new one where there is no site yet."""
-        return next((module.state for module in model.modules() if isinstance(module, NoiseSite)), NoiseState())
+        """The state that the model's sites and posteriors share; a new one where there are none yet."""
+        kinds = (NoiseSite, Covariance)
+        return next((module.state for module in model.modules() if isinstance(module, kinds)), NoiseState())
 
     def _sites(self) -> list[NoiseSite]:
         return [module for module in self.model.modules() if isinstance(module, NoiseSite)]
@@ -157,23 +181,31 @@ class DIPNetModel(LoraModel):
         """Indices of the blocks that would add noise in a forward pass now, ascending."""
         return sorted(site.layer for site in self._sites() if site.noised_adapter() is not None)
 
-    @contextmanager
-    def sampling(self, key: NoiseKey, trajectories: int = 1) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
-        """Forward passes inside draw noise under `key`, in evaluation mode too.
+    def variational_layers(self) -> list[int]:
+        """Indices of the blocks in which an active adapter has a posterior, ascending."""
+        return sorted({leaf.block for leaf in active_covariances(self.model)})
 
-        With m = `trajectories` > 1 the batch is repeated m times from the first noised block on, so that the output
-        has m · batch rows, trajectory-major (row j · batch + b is trajectory j of row b).
+    @contextmanager
+    def sampling(
+        self, key: NoiseKey, trajectories: int = 1, posterior_key: NoiseKey | None = None
+    ) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
+        """Forward passes inside draw noise, and weights from the posterior, under `key`, in evaluation mode too.
+
+        With m = `trajectories` > 1 the batch is repeated m times from the first noised or variational block on, so
+        that the output has m · batch rows, trajectory-major (row j · batch + b is trajectory j of row b).
 
         Args:
             key: the noise's key; passes under one key see the same noise.
-            trajectories: m ≥ 1.
+            trajectories: m ≥ 1; each has a noise and a z of its own.
+            posterior_key: the key of z, where it shall stay while the noise changes, as in a generation token by
+                token; None for `key`.
 
         Yields:
             A dictionary that a forward pass fills: block index to (log-variance relative to the squared RMS, shape
-            (d,), with its gradient; that RMS, shape (1,)).
+            (d,), with its gradient; that RMS, shape (1,)). It stays empty without noise.
 
         Raises:
-            ValueError: `trajectories` < 1, or the active adapter adds no noise.
+            ValueError: `trajectories` < 1, or the active adapter has neither noise nor a posterior.
         """
         if trajectories < 1:
             raise ValueError(f"trajectories={trajectories} must be at least 1.")
@@ -183,18 +215,16 @@ class DIPNetModel(LoraModel):
                 "batch's rows once in every block; set output_router_logits=False, or train one trajectory."
             )
         state = self.noise_state(self.model)
-        outer = (state.key, state.trajectories, state.sampling, state.log_variances)
-        state.key, state.trajectories, state.sampling, state.log_variances = key.tensor(), trajectories, True, {}
-        try:
-            layers = self.noised_layers()
+        with state.passes_under(key, posterior_key or key, trajectories):
+            layers = [*self.noised_layers(), *self.variational_layers()]
             if not layers:
-                raise ValueError("sampling: the active adapter adds no noise; activate an unmerged DIPNet one.")
+                raise ValueError(
+                    "sampling: the active adapter adds no noise and has no posterior; activate an unmerged DIPNet one."
+                )
             names = self.peft_config[self.active_adapters[0]].block_names
-            blocks = [self.model.get_submodule(name) for name in names[layers[0] :]]
-            with fold_trajectories(blocks, trajectories):
+            blocks = [self.model.get_submodule(name) for name in names[min(layers) :]]
+            with fold_trajectories(blocks, trajectories, state):
                 yield state.log_variances
-        finally:
-            state.key, state.trajectories, state.sampling, state.log_variances = outer
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As PEFT's, after which every layer has the same active adapters.
@@ -209,20 +239,29 @@ class DIPNetModel(LoraModel):
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """As PEFT's for the LoRA weights; the noise is the first adapter's, like the rest of the configuration."""
+        """As PEFT's for the LoRA weights; the noise is the first adapter's, like the rest of the configuration.
+
+        Posteriors are not combined, but their means: the new one is a point.
+        """
         is_new = adapter_name not in self.peft_config
         super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
         for site in self._sites():
             if is_new and adapter_name in site.lora_dip_log_variance:
                 site.leaf(adapter_name).load_state_dict(site.leaf(adapters[0]).state_dict())
+        if is_new:
+            self.peft_config[adapter_name].variational_scale = 0.0
+            for module in self.model.modules():
+                make_point(module, adapter_name)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None and not self.training and self.noised_layers():
-            raise ValueError(
-                f"adapter_names={kwargs['adapter_names']}: the rows of one batch cannot have different noise; run "
-                "adapters with noise_in_eval=True, or inside `sampling`, one at a time."
-            )
+        if kwargs.get("adapter_names") is not None and not self.training:
+            sampled = any(leaf.sampled for leaf in active_covariances(self.model))
+            if sampled or self.noised_layers():
+                raise ValueError(
+                    f"adapter_names={kwargs['adapter_names']}: the rows of one batch cannot have different noise; run "
+                    "adapters with noise_in_eval=True, or inside `sampling`, one at a time."
+                )
         with super()._enable_peft_forward_hooks(*args, **kwargs):
             yield
 

@@ -1,4 +1,4 @@
-"""Folding m trajectories into the batch, from the first noised block on."""
+"""Folding m trajectories into the batch, from the first random block on: noised, or with a posterior."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from dip_hf.noise_state import NoiseState
 
 
 # Arguments of a block that count tokens of a padding-free batch in one dimension, by name because their shape cannot
@@ -36,15 +38,16 @@ def _fold_cumulative_lengths(lengths: Tensor, trajectories: int) -> Tensor:
 
 
 @contextmanager
-def fold_trajectories(blocks: Sequence[nn.Module], trajectories: int) -> Iterator[None]:
+def fold_trajectories(blocks: Sequence[nn.Module], trajectories: int, state: NoiseState) -> Iterator[None]:
     """Run `blocks` with m copies of the batch while the context is open.
 
     The first block's input is repeated m times; since every block is called with the original batch's masks and
     position embeddings, each repeats those. What follows the blocks (final norm, head) sees m · batch rows.
 
     Args:
-        blocks: the first noised block and all blocks after it, in order.
+        blocks: the first random block and all blocks after it, in order.
         trajectories: m ≥ 1.
+        state: learns the number of tokens.
     """
 
     def fold(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -53,6 +56,7 @@ def fold_trajectories(blocks: Sequence[nn.Module], trajectories: int) -> Iterato
         batch = hidden_states.shape[0] // (1 if is_first else trajectories)
         if is_first:
             hidden_states = repeat_rows(hidden_states, trajectories)
+            state.tokens = hidden_states.shape[:-1].numel()
         rest = [_fold_argument(value, batch, trajectories) for value in rest]
         kwargs = {
             name: _fold_cumulative_lengths(value, trajectories)

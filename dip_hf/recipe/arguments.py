@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from peft import LoraConfig
+from peft import LoraConfig, MontecloraConfig
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import ModelConfig, ScriptArguments, TrlParser
 
@@ -17,7 +17,7 @@ from dip_hf.dipnet import DIPNetConfig
 from dip_hf.trainer import DIPSFTConfig
 
 
-ADAPTERS = ("dipnet", "lora", "none")
+ADAPTERS = ("dipnet", "lora", "monteclora", "none")
 DATASET_FORMATS = ("auto", "gsm8k")
 
 
@@ -66,6 +66,11 @@ class DataArguments(ScriptArguments):
             raise ValueError("families and dataset_name are both missing: give one of them to say what to train on")
         if self.families is not None and not self.families:
             raise ValueError("families=[] is empty: name at least one reasoning family, or remove it")
+        if self.ignore_bias_buffers:
+            raise ValueError(
+                "ignore_bias_buffers=True is not supported: it works around boolean buffers that the models of today "
+                "no longer have; remove it"
+            )
         for name in ("train_size", "eval_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
@@ -83,7 +88,8 @@ class AdapterArguments(ModelConfig):
         default="dipnet",
         metadata={
             "help": "`dipnet`: LoRA with learnable input noise per decoder block. `lora`: plain LoRA, the baseline. "
-            "`none`: every weight of the model is trained.",
+            "`monteclora`: PEFT's MonteCLoRA at its defaults, a peer of the posterior. `none`: every weight of the "
+            "model is trained.",
             "choices": list(ADAPTERS),
         },
     )
@@ -95,11 +101,20 @@ class AdapterArguments(ModelConfig):
         default="all",
         metadata={
             "help": "DIPNet: decoder blocks to put noise before. `all`, a number n for the last n, indices such as "
-            "`0,5,9`, or a regular expression that matches whole block names."
+            "`0,5,9`, or a regular expression that matches whole block names; `0` for none, with a posterior only."
         },
     )
     learn_noise: bool = field(
         default=True, metadata={"help": "DIPNet: learn the log-variances; if false they stay as calibrated."}
+    )
+    variational_rank: int = field(
+        default=0, metadata={"help": "IBVI: rank R of the posterior of LoRA's A; 0 is off. For adapter `dipnet`."}
+    )
+    variational_scale: float = field(
+        default=1.0, metadata={"help": "IBVI: c, initial standard deviation of a weight relative to 1/sqrt(inputs)."}
+    )
+    variational_blocks: str = field(
+        default="all", metadata={"help": "IBVI: decoder blocks with a posterior; as for `noise_blocks`."}
     )
 
     def __post_init__(self) -> None:
@@ -112,6 +127,11 @@ class AdapterArguments(ModelConfig):
             raise ValueError("model_name_or_path is missing: give a model's folder or its name on the Hub")
         self.use_peft = self.adapter != "none"
         self.noise_blocks_choice = parse_blocks(self.noise_blocks)
+        if self.variational_rank != 0 and self.adapter != "dipnet":
+            raise ValueError(
+                f"variational_rank={self.variational_rank} contradicts adapter={self.adapter!r}: set it to 0, or "
+                "choose adapter 'dipnet' (with noise_blocks '0' for the posterior alone)"
+            )
 
     def peft_config(self) -> LoraConfig | None:
         """Return the adapter's config for the trainer, or None where every weight is trained."""
@@ -130,11 +150,17 @@ class AdapterArguments(ModelConfig):
         }
         if self.adapter == "lora":
             return LoraConfig(**lora)
+        if self.adapter == "monteclora":
+            # Samples are drawn in stocks of this size: another changes memory alone, and PEFT's 150 takes much
+            return LoraConfig(**lora, monteclora_config=MontecloraConfig(buffer_size=4))
         return DIPNetConfig(
             **lora,
             noise_scale=self.noise_scale,
             noise_blocks=self.noise_blocks_choice,
             learn_noise=self.learn_noise,
+            variational_rank=self.variational_rank,
+            variational_scale=self.variational_scale,
+            variational_blocks=parse_blocks(self.variational_blocks),
         )
 
 

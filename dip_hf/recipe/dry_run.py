@@ -74,7 +74,7 @@ def _describe_second_passes(model: PreTrainedModel, training: DIPSFTConfig) -> I
         dres.check(training.per_device_train_batch_size, padding_free)
         yield (
             f"DReS        weight {training.dres_weight}, {dres.placement} placement through "
-            f"{', '.join(dres.modules)}, K = {dres.group_size}, N = {dres.coded_size}"
+            f"{', '.join(dres.modules)}, K = {dres.group_size}, N = {dres.coded_size}, {dres.share:g} of the groups"
         )
     if training.icp_weight > 0:
         icp = ICPBranch(model, training.icp_options())
@@ -153,13 +153,25 @@ def _describe_adapter(model: nn.Module, training: DIPSFTConfig, adapter: Adapter
     config = model.active_peft_config if isinstance(model, PeftModel) else None
     if not isinstance(config, DIPNetConfig) or config.block_names is None:
         return
-    layers = select_blocks(config.block_names, config.noise_blocks, "noise_blocks")
-    depth, first, m = len(config.block_names), layers[0], training.num_trajectories
-    learning = "learned" if config.learn_noise else "fixed"
-    yield (
-        f"noise       at the input of {len(layers)} of {depth} blocks, {config.block_names[first]} to "
-        f"{config.block_names[layers[-1]]}; {learning}, initially {config.noise_scale:g} x RMS"
-    )
+    depth, m, starts = len(config.block_names), training.num_trajectories, []
+    if config.projected:
+        layers = select_blocks(config.block_names, config.noise_blocks, "noise_blocks")
+        learning = "learned" if config.learn_noise else "fixed"
+        starts.append(layers[0])
+        yield (
+            f"noise       at the input of {len(layers)} of {depth} blocks, {config.block_names[layers[0]]} to "
+            f"{config.block_names[layers[-1]]}; {learning}, initially {config.noise_scale:g} x RMS"
+        )
+    if config.variational_rank > 0:
+        tuner: Any = model.base_model
+        layers = tuner.variational_layers()
+        starts.append(layers[0])
+        yield (
+            f"posterior   of rank {config.variational_rank} in {len(layers)} of {depth} blocks, "
+            f"{config.block_names[layers[0]]} to {config.block_names[layers[-1]]}; initially "
+            f"{config.variational_scale:g} x 1/sqrt(inputs), {training.variational_optimizer} optimiser"
+        )
+    first = min(starts)
     yield (
         f"            {m} trajectories, sharing the {first} blocks below: "
         f"{(first + m * (depth - first)) / depth:.2f} x one pass through the blocks"

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from datasets import Dataset
+from transformers import PreTrainedModel
+from transformers.utils.generic import is_flash_attention_requested
 from trl import SFTTrainer
 
+from dip_hf.ibvi.layer import COVARIANCE
 from dip_hf.trainer.config import DIPSFTConfig
+from dip_hf.trainer.optimizer import trainable
 
 
 # What text configs call a change of the logits after the head
@@ -18,14 +25,18 @@ _LOGIT_CHANGES = (
 )
 
 
-def check_dataset(name: str, dataset: object) -> None:
+_ADAM_FIELDS = ("adam_beta1", "adam_beta2", "adam_epsilon")
+
+
+def check_dataset(name: str, dataset: object, assistant_only: bool) -> None:
     """
     Args:
         name: the trainer's argument that holds it.
         dataset: map-style datasets are checked; an iterable one cannot be without being consumed.
+        assistant_only: whether the assistant's messages alone are trained.
 
     Raises:
-        ValueError: the dataset is empty, or a pre-tokenised row trains no token.
+        ValueError: the dataset is empty, or a pre-tokenised row or a conversation trains no token.
     """
     if not isinstance(dataset, Dataset):
         return
@@ -39,6 +50,13 @@ def check_dataset(name: str, dataset: object) -> None:
                         f"{name} row {index}: every entry of {column!r} is {ignored} (the first does not count, for "
                         "nothing predicts it), so the row trains nothing; drop it or label at least one token."
                     )
+    if assistant_only and "messages" in dataset.column_names:
+        for index, messages in enumerate(dataset.with_format(None)["messages"]):
+            if all(message["role"] != "assistant" for message in messages):
+                raise ValueError(
+                    f"{name} row {index}: assistant_only_loss=True trains the assistant's messages, of which this "
+                    "conversation has none; drop it, or set assistant_only_loss to False."
+                )
 
 
 def check_nothing_dropped(trainer: SFTTrainer, train_dataset: object) -> None:
@@ -101,6 +119,64 @@ def check_noise_setup(trainer: SFTTrainer, args: DIPSFTConfig) -> None:
         raise ValueError(
             f"stability_weight={args.stability_weight} needs the LM head whole, which DeepSpeed may partition; use "
             "DDP or FSDP2, or set stability_weight to 0."
+        )
+
+
+def check_posterior(trainer: SFTTrainer, args: DIPSFTConfig) -> None:
+    """
+    Raises:
+        ValueError: an optimiser setting that contradicts `variational_optimizer`, weight decay, or DReS, whose coded
+            samples would mix trajectories with weights of their own.
+    """
+    if not trainable(trainer.model, COVARIANCE):
+        return
+    if args.weight_decay != 0:
+        raise ValueError(
+            f"weight_decay={args.weight_decay} with variational_rank > 0: the posterior keeps its prior where the "
+            "data say nothing, which decay undoes; set weight_decay to 0."
+        )
+    adamw = ("adamw_torch", "adamw_torch_fused")
+    optim, faithful = str(args.optim.value), args.variational_optimizer == "faithful"
+    if optim not in (*adamw, "sgd" if faithful else ""):
+        raise ValueError(
+            f"optim={optim!r} does not work with variational_optimizer={args.variational_optimizer!r}, which brings "
+            f"its own; leave optim unset ({adamw[1]!r})."
+        )
+    defaults = {name: DIPSFTConfig.__dataclass_fields__[name].default for name in _ADAM_FIELDS}
+    changed = [f"{name}={getattr(args, name)}" for name in _ADAM_FIELDS if getattr(args, name) != defaults[name]]
+    if faithful and changed:
+        raise ValueError(
+            f"{', '.join(changed)}: AdamW's, but variational_optimizer='faithful' trains with SGD; leave them unset, "
+            "or set variational_optimizer to 'hybrid'."
+        )
+    if args.dres_weight > 0 and args.num_trajectories > 1:
+        raise ValueError(
+            f"dres_weight={args.dres_weight} with num_trajectories={args.num_trajectories} and variational_rank > 0: "
+            "trajectories have weights of their own, which coded samples would mix; set num_trajectories to 1."
+        )
+
+
+def check_boundaries(model: PreTrainedModel, inputs: Mapping[str, Any], trajectories: int) -> None:
+    """
+    Args:
+        model: the trained one.
+        inputs: a batch.
+        trajectories: m > 1.
+
+    Raises:
+        ValueError: the boundaries of a padding-free batch are in `position_ids` alone, from which flash attention
+            reads them in batches of one row, and so not in one that is folded into m. TRL's own collator gives
+            `cu_seq_lens_q` beside them.
+    """
+    positions = inputs.get("position_ids")
+    if positions is None or inputs.get("attention_mask") is not None or inputs.get("cu_seq_lens_q") is not None:
+        return
+    if is_flash_attention_requested(model.config) and (positions[:, 1:] == 0).any():
+        raise ValueError(
+            f"num_trajectories={trajectories}: with attn_implementation={model.config._attn_implementation!r} a "
+            "padding-free batch needs cu_seq_lens_q and its kin, but the data_collator gives position_ids alone; take "
+            "TRL's collator or `DataCollatorWithFlattening(return_flash_attn_kwargs=True)`, or set num_trajectories "
+            "to 1."
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from trl import SFTConfig
 
 from dip_hf.blocks import parse_blocks
-from dip_hf.dres.branch import coded_size
+from dip_hf.dres.branch import check_share, coded_size
 from dip_hf.icp.options import ICPOptions
 
 
@@ -31,17 +31,23 @@ class DIPSFTConfig(SFTConfig):
         penalty_unit: whether λ in the penalty is "relative" to the squared RMS of the block's input, or "absolute" as
             in the paper.
         noise_learning_rate: learning rate of the log-variances, which get no weight decay.
+        variational_optimizer: how an adapter with a posterior is trained. "hybrid" (this project's departure from the
+            paper): AdamW for the mean, SGD with momentum .9 for the covariances S. "faithful": SGD with momentum .9
+            for all of it. Neither decays weights.
+        variational_learning_rate: learning rate of S; unset for the mean's / R.
         dres_weight: μ, weight of DReS's reconstruction error (arXiv 2510.00253); 0 is off.
         dres_placement: "token" codes valid tokens through MLP sublayers; "sequence" codes rows of the batch through a
             range of blocks.
         dres_blocks: which blocks: a number for the last n, indices, "all", a pattern; unset for the last quarter.
         dres_group_size: K, samples in a group.
         dres_oversampling: N/K, coded samples per sample.
+        dres_share: share of the groups coded per step, a random sample of them; 1 is all.
         dres_detach_target: whether f(x) is a constant in the error.
         icp_weight: w, weight of ICP's feature loss (arXiv 2505.14751); 0 is off.
         icp_steps: T, perturbation steps.
         icp_epsilon: ε, length of a step relative to the RMS of what it perturbs.
         icp_update: "normalised", "sign" or "adam".
+        icp_direction: "descent", or one of its controls, "ascent" and "random".
         icp_positions: perturb "all" tokens, or those of the "prompt".
         icp_layers: number of block outputs compared.
         icp_start_block: 0 perturbs the embeddings; s > 0 the input of block s, rerunning only the blocks above.
@@ -73,6 +79,17 @@ class DIPSFTConfig(SFTConfig):
         default=1e-3, metadata={"help": "Learning rate of the log-variances, without weight decay."}
     )
 
+    variational_optimizer: str = field(
+        default="hybrid",
+        metadata={
+            "help": "With a posterior: AdamW for the mean and SGD for the covariances, or SGD for both.",
+            "choices": ["hybrid", "faithful"],
+        },
+    )
+    variational_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the posterior's covariances; the mean's / R."}
+    )
+
     dres_weight: float = field(default=0.0, metadata={"help": "μ, weight of DReS's reconstruction error; 0 is off."})
     dres_placement: str = field(
         default="token",
@@ -83,6 +100,9 @@ class DIPSFTConfig(SFTConfig):
     )
     dres_group_size: int = field(default=8, metadata={"help": "K, samples in a group."})
     dres_oversampling: float = field(default=1.25, metadata={"help": "N/K, coded samples per sample."})
+    dres_share: float = field(
+        default=0.5, metadata={"help": "Share of the groups coded per step, a random sample of them."}
+    )
     dres_detach_target: bool = field(default=False, metadata={"help": "Take f(x) as a constant in the error."})
     icp_weight: float = field(default=0.0, metadata={"help": "w, weight of ICP's feature loss; 0 is off."})
     icp_steps: int = field(default=1, metadata={"help": "T, perturbation steps."})
@@ -90,6 +110,10 @@ class DIPSFTConfig(SFTConfig):
     icp_update: str = field(
         default="normalised",
         metadata={"help": "Direction of a step.", "choices": ["normalised", "sign", "adam"]},
+    )
+    icp_direction: str = field(
+        default="descent",
+        metadata={"help": "Down the loss, or a control of it.", "choices": ["descent", "ascent", "random"]},
     )
     icp_positions: str = field(default="all", metadata={"help": "Perturbed tokens.", "choices": ["all", "prompt"]})
     icp_layers: int = field(default=4, metadata={"help": "Number of block outputs compared."})
@@ -105,6 +129,7 @@ class DIPSFTConfig(SFTConfig):
         super().__post_init__()
         self.icp_options()
         coded_size(self.dres_placement, self.dres_group_size, self.dres_oversampling)
+        check_share(self.dres_share)
         if not 0 <= self.dres_weight < math.inf:
             raise ValueError(f"dres_weight={self.dres_weight} must not be negative; 0 turns DReS off.")
         if not isinstance(self.num_trajectories, int) or self.num_trajectories < 1:
@@ -122,13 +147,24 @@ class DIPSFTConfig(SFTConfig):
                 f"stability_weight={self.stability_weight} needs a variance over trajectories, but "
                 f"num_trajectories={self.num_trajectories}; set num_trajectories to 2 or more, or the weight to 0."
             )
-        for name, choices in (("penalty_reduction", ("mean", "sum")), ("penalty_unit", ("relative", "absolute"))):
+        choices_of = {
+            "penalty_reduction": ("mean", "sum"),
+            "penalty_unit": ("relative", "absolute"),
+            "variational_optimizer": ("hybrid", "faithful"),
+        }
+        for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(choices)}.")
         if not 0 < self.noise_learning_rate < math.inf:
             raise ValueError(
                 f"noise_learning_rate={self.noise_learning_rate} must be positive; to freeze the noise use "
                 "`DIPNetConfig(learn_noise=False)`."
+            )
+        rate = self.variational_learning_rate
+        if rate is not None and not 0 < rate < math.inf:
+            raise ValueError(
+                f"variational_learning_rate={rate} must be positive; leave it unset for learning_rate / R, or use "
+                "`DIPNetConfig(variational_scale=0)` for no covariance."
             )
 
     def icp_options(self) -> ICPOptions:
@@ -143,5 +179,6 @@ class DIPSFTConfig(SFTConfig):
             "blocks": None if self.dres_blocks is None else parse_blocks(self.dres_blocks),
             "group_size": self.dres_group_size,
             "oversampling": self.dres_oversampling,
+            "share": self.dres_share,
             "detach_target": self.dres_detach_target,
         }

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dip_hf.dipnet.export import NOISE_PREFIX
-from dip_hf.dipnet.functional import output_variance, variance_penalty
+from dip_hf.dipnet.functional import head_gram, output_variance, variance_penalty
 from dip_hf.dipnet.model import DIPNetModel
 from dip_hf.dipnet.trajectories import repeat_rows
 from dip_hf.noise import NoiseKey
@@ -21,8 +20,8 @@ from dip_hf.trainer.config import DIPSFTConfig
 from dip_hf.trainer.terms import Term, batch_mean, token_mean
 
 
-def log_variances(model: PeftModel) -> dict[str, nn.Parameter]:
-    """The model's log-variances by parameter name."""
+def own_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
+    """What DIPNet and IBVI add to LoRA, by parameter name: log-variances and posterior covariances."""
     return {name: parameter for name, parameter in model.named_parameters() if f".{NOISE_PREFIX}" in name}
 
 
@@ -38,25 +37,33 @@ class DIPNetObjective:
         self.model = model
         self.tuner: DIPNetModel = model.base_model
         self.args = args
+        self._gram: Tensor | None = None
+
+    def gram(self, head: Tensor) -> Tensor:
+        """`head_gram` of the LM head's weight, computed once where that is frozen."""
+        if self._gram is not None:
+            return self._gram
+        gram = head_gram(head.full_tensor() if isinstance(head, DTensor) else head)
+        if not head.requires_grad:
+            self._gram = gram
+        return gram
 
     def restore_precision(self, given: dict[str, Tensor]) -> None:
-        """Make the log-variances fp32 again: `SFTTrainer` casts the adapter of a quantised model to bf16.
+        """Make our parameters fp32 again: `SFTTrainer` casts the adapter of a quantised model to bf16.
 
         Args:
             given: copies of their values before the cast, by name; those that are new get their initial value.
         """
-        for name, parameter in log_variances(self.model).items():
-            if parameter.dtype != torch.float32:
-                value = given.get(name)
-                scale = self.tuner.peft_config[name.split(".")[-2]].noise_scale
-                initial = torch.full_like(parameter, 2 * math.log(scale), dtype=torch.float32)
-                parameter.data = initial if value is None else value.to(parameter.device, torch.float32)
+        for name, parameter in own_parameters(self.model).items():
+            if parameter.dtype.itemsize < 4:
+                leaf: Any = self.model.get_submodule(name.rpartition(".")[0])
+                parameter.data = given.get(name, leaf.initial()).to(parameter.device, torch.float32)
 
     @contextmanager
     def sampling(self, key: NoiseKey) -> Iterator[DIPNetPass]:
-        """Noise and trajectories for one training forward pass; the pass's terms are read from what it yields."""
+        """Noise, posterior samples and trajectories for one forward pass, whose terms are read from what it yields."""
         with self.tuner.sampling(key, self.args.num_trajectories) as log_variances:
-            record = DIPNetPass(self.args, log_variances)
+            record = DIPNetPass(self.args, log_variances, self.gram)
             if self.args.stability_weight == 0:
                 yield record
                 return
@@ -70,7 +77,7 @@ class DIPNetObjective:
 
 
 def fold_labels(inputs: dict[str, Any], trajectories: int) -> dict[str, Any]:
-    """The batch with its labels repeated m times, to meet outputs that are folded above the first noised block."""
+    """The batch with its labels repeated m times, to meet outputs that are folded above the first random block."""
     if trajectories == 1:
         return inputs
     return {**inputs, "labels": repeat_rows(inputs["labels"], trajectories)}
@@ -82,11 +89,18 @@ class DIPNetPass:
     Args:
         args: as for `DIPNetObjective`.
         log_variances: filled by the pass, see `DIPNetModel.sampling`.
+        gram: `DIPNetObjective.gram`.
     """
 
-    def __init__(self, args: DIPSFTConfig, log_variances: dict[int, tuple[Tensor, Tensor]]) -> None:
+    def __init__(
+        self,
+        args: DIPSFTConfig,
+        log_variances: dict[int, tuple[Tensor, Tensor]],
+        gram: Callable[[Tensor], Tensor],
+    ) -> None:
         self.args = args
         self.log_variances = log_variances
+        self.gram = gram
         self.hidden_states: Tensor | None = None
         self.head: Tensor | None = None
 
@@ -121,8 +135,8 @@ class DIPNetPass:
             labels: of the unfolded batch, shape (batch, length), -100 where ignored.
         """
         assert self.hidden_states is not None and self.head is not None  # set by the forward pass
-        head = self.head.full_tensor() if isinstance(self.head, DTensor) else self.head
-        total = output_variance(self.hidden_states[:, :-1], head, labels[:, 1:] != -100, self.args.num_trajectories)
+        gram = self.gram(self.head)
+        total = output_variance(self.hidden_states[:, :-1], gram, labels[:, 1:] != -100, self.args.num_trajectories)
         return token_mean(
             "dipnet/stability", total, self.args.stability_weight, num_items, num_processes, accumulation_steps
         )

@@ -11,7 +11,6 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import TrainingArguments
-from trl import SFTTrainer
 
 from dip_hf.dipnet.model import DIPNetModel
 from dip_hf.dres import DReSBranch
@@ -19,24 +18,28 @@ from dip_hf.icp import ICPBranch
 from dip_hf.icp.functional import compared_tokens
 from dip_hf.noise import NoiseKey
 from dip_hf.trainer.checks import (
+    check_boundaries,
     check_dataset,
     check_noise_setup,
     check_nothing_dropped,
     check_one_loss_pass,
+    check_posterior,
     check_second_pass,
 )
 from dip_hf.trainer.config import DIPSFTConfig
-from dip_hf.trainer.objective import DIPNetObjective, DIPNetPass, fold_labels, log_variances
-from dip_hf.trainer.optimizer import noise_group
+from dip_hf.trainer.objective import DIPNetObjective, DIPNetPass, fold_labels, own_parameters
+from dip_hf.trainer.optimizer import compose_optimizer
+from dip_hf.trainer.publishing import PublishingTrainer
 from dip_hf.trainer.terms import Term, batch_mean, token_mean
 
 
-class DIPSFTTrainer(SFTTrainer):
+class DIPSFTTrainer(PublishingTrainer):
     """`trl.SFTTrainer` with this project's regularisers.
 
     With a `DIPNetConfig` as `peft_config` (or a model that holds such an adapter) it minimises DIPNet's Eq. 4 (arXiv
-    2506.04690). `DIPSFTConfig(dres_weight=..., icp_weight=...)` adds DReS and ICP, with any adapter or none. With
-    everything off it is `SFTTrainer` to the last bit.
+    2506.04690), its task loss in expectation over IBVI's posterior where the adapter has one (arXiv 2505.20235).
+    `DIPSFTConfig(dres_weight=..., icp_weight=...)` adds DReS and ICP, with any adapter or none. With everything off it
+    is `SFTTrainer` to the last bit.
 
     Every term is logged raw and weighted; a term that is NaN or infinite stops the run before the optimiser step.
 
@@ -53,7 +56,6 @@ class DIPSFTTrainer(SFTTrainer):
     """
 
     _tag_names = ["trl", "sft", "dip_hf"]  # noqa: RUF012  (an instance variable for SFTTrainer)
-    _name = "DIP-SFT"
 
     def __init__(
         self, model: Any, args: TrainingArguments | None = None, *, train_dataset: Any = None, **kwargs: Any
@@ -64,11 +66,11 @@ class DIPSFTTrainer(SFTTrainer):
             # to_dict hides whatever is called a token, the tokenizer's own too
             tokens = {field.name: getattr(args, field.name) for field in fields(args) if field.name.endswith("_token")}
             args = DIPSFTConfig(**{**args.to_dict(), **tokens})
-        check_dataset("train_dataset", train_dataset)
+        check_dataset("train_dataset", train_dataset, args.assistant_only_loss)
         eval_dataset = kwargs.get("eval_dataset")
         for name, dataset in eval_dataset.items() if isinstance(eval_dataset, dict) else [("", eval_dataset)]:
-            check_dataset(f"eval_dataset {name}".strip(), dataset)
-        known = log_variances(model) if isinstance(model, PeftModel) else {}
+            check_dataset(f"eval_dataset {name}".strip(), dataset, args.assistant_only_loss)
+        known = own_parameters(model) if isinstance(model, PeftModel) else {}
         given = {name: parameter.detach().clone() for name, parameter in known.items()}
         super().__init__(model, args=args, train_dataset=train_dataset, **kwargs)
         check_nothing_dropped(self, train_dataset)
@@ -79,6 +81,7 @@ class DIPSFTTrainer(SFTTrainer):
         block_names: list[str] | None = None
         if isinstance(self.model, PeftModel) and isinstance(self.model.base_model, DIPNetModel):
             check_noise_setup(self, args)
+            check_posterior(self, args)
             self.dipnet = DIPNetObjective(self.model, args)
             block_names = self.dipnet.tuner.block_names()
             self.dipnet.restore_precision(given)
@@ -123,6 +126,8 @@ class DIPSFTTrainer(SFTTrainer):
         if feature_weight == 0:
             icp = None  # nothing to distil in this step
         trajectories = 1 if self.dipnet is None else self.args.num_trajectories
+        if trajectories > 1:
+            check_boundaries(self.model, inputs, trajectories)
         folded = fold_labels(inputs, trajectories)
         with ExitStack() as sampling:
             noise = None if self.dipnet is None else sampling.enter_context(self.dipnet.sampling(key))
@@ -144,7 +149,7 @@ class DIPSFTTrainer(SFTTrainer):
                 terms.append(batch_mean("dres/error", coded.error, self.args.dres_weight, steps))
             if icp is not None and clean is not None:
                 again = partial(self.model, **folded, fused_lm_head=True)
-                total, tokens = icp.loss(clean, inputs, task, lambda: again().loss)
+                total, tokens = icp.loss(clean, inputs, task, lambda: again().loss, key)
                 terms.append(self._feature_term(total, tokens, feature_weight, num_items_in_batch, steps))
         self._log_terms(terms, values)
         return torch.stack([term.loss.to(task.device) for term in terms]).sum()
@@ -155,8 +160,7 @@ class DIPSFTTrainer(SFTTrainer):
         """ICP's term, a mean over the compared tokens of the step."""
         if num_items is None:
             return batch_mean("icp/features", total / tokens.clamp(min=1), weight, steps)
-        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return token_mean("icp/features", total, weight, self._compared_tokens, processes, steps)
+        return token_mean("icp/features", total, weight, self._compared_tokens, self._counted_processes(), steps)
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
@@ -174,15 +178,22 @@ class DIPSFTTrainer(SFTTrainer):
         self, noise: DIPNetPass, labels: Tensor, num_items: Tensor | int | None, steps: int
     ) -> tuple[list[Term], dict[str, float]]:
         """Eq. 4's terms beside the task loss, and what to log beside them."""
-        penalty, values = noise.penalty(steps)
-        # Without learnable noise the penalty is a constant, which would only blur the logged loss.
-        terms = [penalty] if penalty.value.requires_grad else []
+        terms: list[Term] = []
+        values: dict[str, float] = {}
+        if noise.log_variances:  # there are none where the adapter has a posterior alone
+            penalty, values = noise.penalty(steps)
+            # Without learnable noise the penalty is a constant, which would only blur the logged loss.
+            terms = [penalty] if penalty.value.requires_grad else []
         if self.args.stability_weight > 0:
-            processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            processes = self._counted_processes()
             if num_items is None:
                 processes, num_items = 1, (labels[:, 1:] != -100).sum()
             terms.append(noise.stability(labels, num_items, processes, steps))
         return terms, values
+
+    def _counted_processes(self) -> int:
+        """Over how many processes the step's tokens are counted."""
+        return self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
 
     def _noise_key(self) -> NoiseKey:
         """The key of this micro-batch: a function of where training stands, so that a resumed run finds it again."""
@@ -207,12 +218,11 @@ class DIPSFTTrainer(SFTTrainer):
             metrics[name].append(value)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """As Trainer's, with the log-variances in a group of their own: `noise_learning_rate`, no weight decay."""
+        """As Trainer's, with log-variances and posterior covariances in groups of their own, without weight decay."""
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if not is_new or self.dipnet is None:
             return optimizer
-        noise = noise_group(optimizer.param_groups, self.model if model is None else model, self.args)
-        if noise is not None:
-            optimizer.add_param_group(noise)
-        return optimizer
+        composed = compose_optimizer(optimizer, self.model if model is None else model, self.args)
+        self.optimizer: torch.optim.Optimizer = composed
+        return composed

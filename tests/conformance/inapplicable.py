@@ -19,7 +19,7 @@ _PICKLE = "DIPNet reads safetensors only: a pickled adapter can execute code whe
 _FP32 = "log-variances stay in fp32 at any precision of the base: in half precision their updates would round away"
 _NO_EFFECT = "an adapter of noise alone leaves the evaluation pass as it is, and the test requires a change"
 _EXACT_LIST = "lists all trainable parameters of LoRA by name; DIPNet trains its log-variances besides"
-_DIVERGES = "at the test's learning rate of 0.5 LoRA's weights reach 1e20; a log-variance's exponential is NaN then"
+_DIVERGES = "at the test's learning rate of 0.5 weights reach 1e20; a log-variance's exponential is then infinite"
 _NO_LINEAR = "the test's model has no layer that could stand for a decoder block"
 _HUB = "downloads a model from the Hub"
 _OTHER_METHOD = "tests another PEFT method"
@@ -35,7 +35,9 @@ FAILING: Sequence[Inapplicable] = [
     *(
         Inapplicable(f"{_CUSTOM}test_parameters_after_loading_model({row}-*", _DIVERGES)
         for row in (
-            *("DIPNet every block", "DIPNet modules_to_save", "Vanilla MLP 4 LoRA", "Vanilla MLP 5 LoRA"),
+            *("DIPNet every block", "DIPNet modules_to_save", "DIPNet noise into LoRA"),
+            "DIPNet posterior and noise",
+            *("Vanilla MLP 4 LoRA", "Vanilla MLP 5 LoRA"),
             *("Vanilla MLP 1 LoRA with KaSA", "Vanilla MLP 11 LoRA with VeLoRA batch_average"),
             *("Vanilla MLP 1 LoRA with lora_b bias", "Conv2d Groups2 LoRA", "MLP 1 using nn.Parameter LoRA"),
             *("MLP 2 using nn.Parameter LoRA", "BD-LoRA A only", "BD-LoRA B only", "BD-LoRA both A and B"),
@@ -57,6 +59,10 @@ FAILING: Sequence[Inapplicable] = [
     Inapplicable(
         "TestDynamicDispatch::test_custom_lora_layer_issues_warning",
         "compares a message that holds the name of PEFT's own test package",
+    ),
+    Inapplicable(
+        _CUSTOM + "test_load_resized_embedding_ignore_mismatched_sizes",
+        "expects torch's RuntimeError of a shape that does not fit; here it is a ValueError with the remedy",
     ),
     Inapplicable(
         _CUSTOM + "test_add_adapter_rejects_duplicate_name_without_mutation(True)",

@@ -21,6 +21,7 @@ PACKAGE = "peft_tests"
 
 # This model's activations are so small that with less noise three steps would not move a log-variance visibly.
 LOUD: dict[str, Any] = {"noise_scale": 2.0}
+POSTERIOR: dict[str, Any] = {"noise_blocks": [], "variational_rank": 2}
 # One row a feature of ours that PEFT's own rows cannot have: (name, model, configuration, its arguments).
 ROWS: list[tuple[str, str, type[PeftConfig], dict[str, Any]]] = [
     (f"DIPNet {name}", model, DIPNetConfig, arguments)
@@ -39,6 +40,18 @@ ROWS: list[tuple[str, str, type[PeftConfig], dict[str, Any]]] = [
             {"target_modules": [], "block_names": ["lin0"], "modules_to_save": ["lin1"]},
         ),
         ("noise only", "MLP", {"target_modules": [], "block_names": ["lin0", "lin1"]}),
+        ("posterior", "MLP", {"target_modules": ["lin0"], "block_names": ["lin0"], **POSTERIOR}),
+        (
+            "posterior everywhere",
+            "MLP",
+            {"target_modules": ["lin0", "lin1"], "block_names": ["lin0", "lin1"], **POSTERIOR},
+        ),
+        ("posterior and noise", "MLP", {"target_modules": ["lin0"], "block_names": ["lin0"], "variational_rank": 2}),
+        (
+            "point posterior",
+            "MLP",
+            {"target_modules": ["lin0"], "block_names": ["lin0"], **POSTERIOR, "variational_scale": 0.0},
+        ),
         ("convolution", "Conv2d", {"target_modules": ["conv2d"], "block_names": ["lin0"]}),
         ("embedding", "EmbConv1D", {"target_modules": ["emb"], "block_names": ["lin0"]}),
     ]
@@ -96,5 +109,5 @@ def in_subset(parameters: dict[str, Any]) -> bool:
     """Whether a test belongs to the subset: it has no rows, or its row is one of a few that differ the most."""
     if "model_id" not in parameters:
         return True
-    rows = ("noise into LoRA", "every block", "frozen", "modules_to_save", "noise only")
+    rows = ("noise into LoRA", "every block", "frozen", "modules_to_save", "noise only", "posterior and noise")
     return parameters["test_name"] in {f"DIPNet {row}" for row in rows}

@@ -130,7 +130,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
 
     plain = get_peft_model(build(), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
     plain.save_pretrained(tmp_path / "plain")
-    refused(tmp_path, tmp_path / "plain", "is a LoraConfig, no DIPNetConfig")
+    refused(tmp_path, tmp_path / "plain", "peft_type='LORA' is no DIPNet adapter")
 
 
 def test_a_failure_while_writing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

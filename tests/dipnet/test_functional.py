@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dip_hf.dipnet.functional import output_variance, token_rms, variance_penalty
+from dip_hf.dipnet.functional import head_gram, output_variance, token_rms, variance_penalty
 
 
 positive = st.floats(1e-2, 1e2)
@@ -61,7 +61,7 @@ def test_output_variance_is_eq_4s_last_term(m: int) -> None:
     hidden, head = torch.randn(m * 2, 3, 4), torch.randn(9, 4)
     mask = torch.tensor([[True, True, False], [False, True, True]])
     expected = plain_output_variance(hidden, head, mask, m)
-    assert output_variance(hidden, head, mask, m).item() == pytest.approx(expected, rel=1e-4)
+    assert output_variance(hidden, head_gram(head), mask, m).item() == pytest.approx(expected, rel=1e-4)
     # half the mean squared distance of pairs is the unbiased covariance's trace
     states = (hidden @ head.T).unflatten(0, (m, 2))[:, mask]
     assert expected == pytest.approx(states.var(0, unbiased=True).sum().item(), rel=1e-4)
@@ -71,7 +71,7 @@ def test_output_variance_has_the_loops_gradient() -> None:
     hidden = torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True)
     head = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     mask = torch.ones(2, 2, dtype=torch.bool)
-    ours = torch.autograd.grad(output_variance(hidden, head, mask, 2), (hidden, head))
+    ours = torch.autograd.grad(output_variance(hidden, head_gram(head), mask, 2), (hidden, head))
     theirs = torch.autograd.grad((hidden @ head.T).unflatten(0, (2, 2)).var(0).sum(), (hidden, head))
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
@@ -79,8 +79,8 @@ def test_output_variance_has_the_loops_gradient() -> None:
 
 def test_equal_trajectories_and_an_empty_mask_have_no_variance() -> None:
     hidden, head = torch.randn(1, 3, 4).repeat(2, 1, 1), torch.randn(9, 4)
-    assert output_variance(hidden, head, torch.ones(1, 3, dtype=torch.bool), 2) < 1e-8
-    assert output_variance(torch.randn(2, 3, 4), head, torch.zeros(1, 3, dtype=torch.bool), 2) == 0
+    assert output_variance(hidden, head_gram(head), torch.ones(1, 3, dtype=torch.bool), 2) < 1e-8
+    assert output_variance(torch.randn(2, 3, 4), head_gram(head), torch.zeros(1, 3, dtype=torch.bool), 2) == 0
 
 
 @given(st.floats(1e-3, 1e3))

@@ -109,6 +109,7 @@ def test_an_unknown_option_is_named_with_its_neighbours(tmp_path: Path) -> None:
         ({"dataset_name": None}, "families and dataset_name are both missing"),
         ({"model_name_or_path": None}, "model_name_or_path is missing"),
         ({"train_size": 0}, "train_size=0 must be at least 1"),
+        ({"ignore_bias_buffers": True}, "ignore_bias_buffers=True is not supported.*remove it"),
         ({"lora_r": "eight"}, "lora_r.*invalid int value: 'eight'"),
         ({"num_trajectories": 0}, "num_trajectories=0"),
         ({"stability_weight": 0.01}, "stability_weight=0.01"),

@@ -76,7 +76,8 @@ def by_hand(
         task = task + here
         if options.get("dres_weight"):
             of = sequence_error if options.get("dres_placement") == "sequence" else token_error
-            error = error + of(base, batch, states, options["dres_group_size"], NoiseKey(*key))
+            share = options.get("dres_share", 0.5)
+            error = error + of(base, batch, states, options["dres_group_size"], share, NoiseKey(*key))
         if options.get("icp_weight"):
             total, count = feature_total(base, batch, here, states, options["icp_epsilon"])
             features, tokens = features + total, tokens + count
@@ -117,7 +118,9 @@ def relative_error(outputs: Tensor, coded: Tensor) -> Tensor:
     return distance / outputs.detach().var(0).sum(-1)
 
 
-def token_error(base: Any, batch: dict[str, Tensor], states: list[Tensor], k: int, key: NoiseKey) -> Tensor:
+def token_error(
+    base: Any, batch: dict[str, Tensor], states: list[Tensor], k: int, share: float, key: NoiseKey
+) -> Tensor:
     """`states` serve for the blocks' inputs, from which each MLP's input is computed once more."""
     seen: dict[int, Tensor] = {}
     handles = [
@@ -130,6 +133,7 @@ def token_error(base: Any, batch: dict[str, Tensor], states: list[Tensor], k: in
     mask = valid_tokens(batch)
     groups = int(mask.sum()) // k
     order = group_permutation(key.tensor(), int(mask.sum()))[: k * groups].view(k, groups)
+    order = order[:, : math.ceil(share * groups)]
     encoder = coding_matrices(k, math.ceil(1.25 * k))[0]
     errors = []
     for i in BLOCKS:
@@ -138,9 +142,13 @@ def token_error(base: Any, batch: dict[str, Tensor], states: list[Tensor], k: in
     return torch.stack(errors).mean()
 
 
-def sequence_error(base: Any, batch: dict[str, Tensor], states: list[Tensor], k: int, key: NoiseKey) -> Tensor:
+def sequence_error(
+    base: Any, batch: dict[str, Tensor], states: list[Tensor], k: int, share: float, key: NoiseKey
+) -> Tensor:
     rows, length = batch["input_ids"].shape
     order = group_permutation(key.tensor(), rows)[: rows // k * k].view(k, -1)
+    places = valid_tokens(batch)[order].all(0).sum() / order.shape[1]  # a group, on average over all groups
+    order = order[:, : math.ceil(share * order.shape[1])]
     encoder = coding_matrices(k, math.ceil(1.25 * k))[0]
     valid = valid_tokens(batch)[order].all(0)  # (G, length)
     coded = torch.einsum("nk,k...->n...", encoder, states[BLOCKS[0]][order])
@@ -150,7 +158,7 @@ def sequence_error(base: Any, batch: dict[str, Tensor], states: list[Tensor], k:
         rotary = base.model.rotary_emb(hidden, positions)
         hidden = base.model.layers[i](hidden, attention_mask=mask, position_ids=positions, position_embeddings=rotary)
     errors = relative_error(states[BLOCKS[-1] + 1][order], hidden.unflatten(0, (len(coded), -1)))
-    return errors[valid].mean()
+    return errors[valid].sum() / (order.shape[1] * places)
 
 
 def feature_total(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.trainer.by_hand import by_hand, recorded_step
-from tests.trainer.test_every_method import DRES, ICP, METHODS
+from tests.trainer.methods import DRES, ICP, METHODS
 from tests.trainer.tiny import assert_close, gradients
 
 

@@ -1,12 +1,10 @@
-"""Every method through the same list of checks. A new method is a new row of `METHODS`."""
+"""Every method through the same list of checks. A new method is a new row of `METHODS` in methods.py."""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -15,70 +13,17 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import SFTTrainer
 
 from dip_hf import DIPNetConfig, export_lora
 from dip_hf.dipnet.export import NOISE_PREFIX
-from tests.trainer.tiny import ADAPTER, assert_close, base_model, gradients, losses, make_trainer, tokenised
+from dip_hf.dipnet.layer import LOG_VARIANCE
+from tests.trainer.methods import METHODS, Method
+from tests.trainer.tiny import assert_close, base_model, gradients, losses, make_trainer, tokenised
 
 
-@dataclass(frozen=True)
-class Method:
-    """One row: what is trained, and how.
-
-    Attributes:
-        adapter: makes the PEFT config from the options of LoRA, or is None for full fine-tuning.
-        options: fields of `DIPSFTConfig`.
-        off: every regulariser is off, so that the run must be TRL's to the last bit.
-        inapplicable: names of checks that do not apply, with the reason.
-    """
-
-    adapter: Callable[..., PeftConfig] | None
-    options: dict[str, Any] = field(default_factory=dict)
-    off: bool = False
-    inapplicable: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def noisy(self) -> bool:
-        """Whether training adds noise to the blocks' inputs."""
-        return isinstance(self.config(), DIPNetConfig)
-
-    def config(self, **options: Any) -> PeftConfig | None:
-        """The PEFT config, with further options of LoRA."""
-        return None if self.adapter is None else self.adapter(**{**ADAPTER, **options})
-
-
-def noise_only(**options: Any) -> PeftConfig:
-    return DIPNetConfig(**{**options, "target_modules": []})
-
-
-DRES = {"dres_weight": 0.5, "dres_group_size": 4, "dres_blocks": "2"}
-SEQUENCE = {**DRES, "dres_group_size": 2, "dres_placement": "sequence"}
-ICP = {"icp_weight": 0.5, "icp_warmup": 0.0, "icp_epsilon": 0.1}
-# What stands in for these checks is in test_by_hand.py.
-GROUPS = dict.fromkeys(
-    ("accumulation", "ranks", "packed"),
-    "DReS draws its groups from the micro-batch, which this check cuts otherwise",
-)
-ROWS = dict.fromkeys(("packed", "padding_free"), "DReS by rows refuses batches that are laid end to end")
-FULL = {"quantised": "a 4-bit base cannot be trained itself", "exported": "there is no adapter"}
-METHODS = {
-    "lora": Method(LoraConfig, off=True),
-    "full": Method(None, off=True, inapplicable=FULL),
-    "dipnet": Method(DIPNetConfig),
-    "dipnet, m=2, stability": Method(DIPNetConfig, {"num_trajectories": 2, "stability_weight": 0.05}),
-    "dipnet, half the depth, m=2": Method(lambda **k: DIPNetConfig(**k, noise_blocks=2), {"num_trajectories": 2}),
-    "frozen noise, m=2": Method(lambda **k: DIPNetConfig(**k, learn_noise=False), {"num_trajectories": 2}),
-    "noise only": Method(noise_only, {"num_trajectories": 2}, inapplicable={"exported": "there are no LoRA weights"}),
-    "dres token": Method(LoraConfig, DRES, inapplicable=GROUPS),
-    "dres sequence": Method(LoraConfig, SEQUENCE, inapplicable={**GROUPS, **ROWS}),
-    "icp": Method(LoraConfig, ICP),
-    "icp late, two steps": Method(LoraConfig, {**ICP, "icp_start_block": 1, "icp_steps": 2, "icp_interval": 1}),
-    "dipnet + dres + icp": Method(DIPNetConfig, {**DRES, **ICP, "num_trajectories": 2}, inapplicable=GROUPS),
-    "full, dres + icp": Method(None, {**DRES, **ICP}, inapplicable={**GROUPS, **FULL}),
-}
 every_method = pytest.mark.parametrize("name", METHODS)
 
 
@@ -242,22 +187,22 @@ def test_resume(name: str, tmp_path: Path) -> None:
 
 @every_method
 def test_optimiser_groups(name: str, tmp_path: Path) -> None:
-    """Every trained parameter is in exactly one group; log-variances have their own rate, scheduled, and no decay."""
+    """Every trained parameter is in one group; what is not LoRA's has its own rate, scheduled, and no decay."""
     method = applicable(name, "optimiser_groups")
-    options = {**method.options, "weight_decay": 0.1, "noise_learning_rate": 0.03, "max_steps": 4}
+    decay = 0.0 if method.variational else 0.1
+    options = {**method.options, "weight_decay": decay, "noise_learning_rate": 0.03, "max_steps": 4}
     trainer = make_trainer(tmp_path, method.config(), {**options, "lr_scheduler_type": "linear"})
     trainer.create_optimizer_and_scheduler(4)
     groups = trainer.optimizer.param_groups
     grouped = [id(p) for group in groups for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in trainer.model.parameters() if p.requires_grad)
-    noise = {id(p) for p in trained_noise(trainer).values()}
+    own = trained_noise(trainer)
+    rates = {id(p): 0.03 if LOG_VARIANCE in key else 1e-2 / len(p) for key, p in own.items()}
     for step in range(4):
         for group in groups:
-            members = {id(p) for p in group["params"]}
-            assert members <= noise or not members & noise
-            rate = 0.03 if members and members <= noise else 1e-2
+            (rate,) = {rates.get(id(p), 1e-2) for p in group["params"]} or {1e-2}
             assert group["lr"] == pytest.approx(rate * (1 - step / 4))
-            assert not members & noise or group["weight_decay"] == 0
+            assert group["weight_decay"] == 0 or not any(id(p) in rates for p in group["params"])
         trainer.optimizer.step()
         trainer.lr_scheduler.step()
 

@@ -11,8 +11,8 @@ from peft import LoraConfig
 
 from dip_hf import DIPSFTConfig
 from dip_hf.trainer.checks import check_second_pass
-from tests.trainer.test_every_method import DRES, ICP, SEQUENCE
-from tests.trainer.tiny import ADAPTER, make_trainer
+from tests.trainer.methods import DRES, ICP, SEQUENCE
+from tests.trainer.tiny import ADAPTER, base_model, make_trainer
 
 
 @pytest.mark.parametrize(
@@ -24,14 +24,18 @@ from tests.trainer.tiny import ADAPTER, make_trainer
         ({"dres_group_size": 1}, "dres_group_size=1 must be at least 2"),
         ({"dres_oversampling": 0.75}, "dres_oversampling=0.75 must be at least 1"),
         ({"dres_group_size": 2, "dres_oversampling": 2.5}, "dres_oversampling=2.5: .*always 0; change the over"),
+        ({"dres_share": 0.0}, "dres_share=0.0 must be above 0 and at most 1.*1 codes all"),
+        ({"dres_share": 1.5}, "dres_share=1.5 must be above 0 and at most 1"),
         ({"icp_weight": -1.0}, "icp_weight=-1.0 must not be negative; 0 turns ICP off"),
         ({"icp_steps": 0}, "icp_steps=0 must be .*at least 1; to turn ICP off set icp_weight to 0"),
         ({"icp_epsilon": 0.0}, "icp_epsilon=0.0 must be positive, for instance 0.03; to turn ICP off"),
         ({"icp_epsilon": -0.1}, "icp_epsilon=-0.1 must be positive"),
         ({"icp_update": "sgd"}, "icp_update='sgd' must be one of normalised, sign, adam"),
+        ({"icp_direction": "up"}, "icp_direction='up' must be one of descent, ascent, random"),
         ({"icp_positions": "answer"}, "icp_positions='answer' must be one of all, prompt"),
         ({"icp_layers": 0}, "icp_layers=0 must be .*at least 1"),
-        ({"icp_start_block": -1}, "icp_start_block=-1 must not be negative; 0 is the input embeddings"),
+        ({"icp_start_block": -1}, "icp_start_block=-1 must be .*not negative; 0 is the input embeddings"),
+        ({"icp_start_block": 1.5}, "icp_start_block=1.5 must be a whole number"),
         ({"icp_interval": 0}, "icp_interval=0 must be .*at least 1"),
         ({"icp_weighting": "mean"}, "icp_weighting='mean' must be one of additive, paper"),
         ({"icp_warmup": 1.5}, r"icp_warmup=1.5 must lie in \[0, 1\]: it is a share of the run"),
@@ -42,6 +46,15 @@ from tests.trainer.tiny import ADAPTER, make_trainer
 def test_arguments(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         DIPSFTConfig(output_dir=str(tmp_path), use_cpu=True, **options)
+
+
+@pytest.mark.parametrize(("options", "name"), [(DRES, "dres"), (ICP, "icp")])
+def test_blocks_that_are_not_found(options: dict[str, Any], name: str, tmp_path: Path) -> None:
+    """The remedy is that of the method that asks, not DIPNet's."""
+    model = base_model()
+    model.config.num_hidden_layers = 5  # a list of as many blocks is not there
+    with pytest.raises(ValueError, match=rf"block_names=None: found 0 lists of 5 .*\]\)`, or set {name}_weight to 0"):
+        make_trainer(tmp_path, LoraConfig(**ADAPTER), options, model)
 
 
 REENTRANT = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}

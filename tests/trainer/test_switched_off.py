@@ -12,7 +12,7 @@ from peft import LoraConfig
 from torch import nn
 
 from dip_hf import DIPNetConfig
-from tests.trainer.test_every_method import DRES, ICP
+from tests.trainer.methods import DRES, ICP
 from tests.trainer.tiny import ADAPTER, losses, make_trainer
 
 
@@ -21,10 +21,12 @@ OTHER_FIELDS = {
     "dres_blocks": "0,1",
     "dres_group_size": 3,
     "dres_oversampling": 1.5,
+    "dres_share": 0.25,
     "dres_detach_target": True,
     "icp_steps": 3,
     "icp_epsilon": 0.2,
     "icp_update": "adam",
+    "icp_direction": "random",
     "icp_positions": "prompt",
     "icp_layers": 2,
     "icp_start_block": 1,

@@ -8,11 +8,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from dip_hf import DIPNetConfig, DIPSFTConfig
-from dip_hf.trainer.checks import check_noise_setup
+from dip_hf.trainer.checks import check_boundaries, check_noise_setup
 from tests.trainer.tiny import ADAPTER, make_trainer, tokenised
 
 
@@ -63,6 +64,15 @@ def test_pretokenised_data(rows: list[dict[str, list[int]]], message: str, tmp_p
 def test_empty_text_data(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="train_dataset is empty; give at least one example"):
         make_trainer(tmp_path, None, data=Dataset.from_dict({"prompt": [], "completion": []}))
+
+
+def test_conversation_without_the_assistant(tmp_path: Path) -> None:
+    """TRL's own error names no row and blames the chat template."""
+    chats = [[("user", "1+1"), ("assistant", "2")], [("user", "hello")]]
+    rows = [{"messages": [{"role": role, "content": content} for role, content in chat]} for chat in chats]
+    message = "train_dataset row 1: assistant_only_loss=True .* has none; drop it, or set assistant_only_loss to False"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, None, {"assistant_only_loss": True}, data=Dataset.from_list(rows))
 
 
 @pytest.mark.parametrize("is_text", [True, False])
@@ -136,6 +146,39 @@ def test_flex_attention(tmp_path: Path) -> None:
     trainer.model.config._attn_implementation = "flex_attention"
     with pytest.raises(ValueError, match=re.escape("attn_implementation='flex_attention'")):
         check_noise_setup(trainer, trainer.args)
+
+
+def positions_alone(examples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """A padding-free batch without the boundaries that TRL's own collator gives."""
+    return {
+        "input_ids": torch.tensor([[token for example in examples for token in example["input_ids"]]]),
+        "labels": torch.tensor([[token for example in examples for token in example["labels"]]]),
+        "position_ids": torch.tensor([[i for example in examples for i in range(len(example["input_ids"]))]]),
+    }
+
+
+def test_flash_attention_without_boundaries(tmp_path: Path) -> None:
+    """Flash attention reads them from the positions of batches of one row; folded, it would look across documents."""
+    adapter, options = DIPNetConfig(**ADAPTER), {"num_trajectories": 2, "remove_unused_columns": False}
+    trainer = make_trainer(tmp_path, adapter, options, data_collator=positions_alone)
+    trainer.model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match=r"num_trajectories=2: .*needs cu_seq_lens_q .*set num_trajectories to 1"):
+        trainer.train()
+    batch = positions_alone(tokenised(2).to_list())
+    with pytest.raises(ValueError, match="attn_implementation='flash_attention_2'"):
+        check_boundaries(trainer.model, batch, 2)
+    check_boundaries(trainer.model, {**batch, "cu_seq_lens_q": torch.tensor([0])}, 2)
+    check_boundaries(trainer.model, positions_alone(tokenised(1).to_list()), 2)  # one document has no boundary inside
+    trainer.model.config._attn_implementation = "sdpa"
+    check_boundaries(trainer.model, batch, 2)
+
+
+def test_trl_s_collator_gives_the_boundaries(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, DIPNetConfig(**ADAPTER), {"num_trajectories": 2, "padding_free": True})
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.model.config._attn_implementation = "flash_attention_2"
+    check_boundaries(trainer.model, batch, 2)
+    assert len(batch["cu_seq_lens_q"]) == 9 and batch.get("attention_mask") is None
 
 
 def test_nothing_wrong(tmp_path: Path) -> None:

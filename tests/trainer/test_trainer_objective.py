@@ -110,6 +110,17 @@ def test_folded_pass_is_equation_4(reduction: str, unit: str, accumulation: int,
     assert losses(trainer)[0] == pytest.approx(loss.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_the_heads_gram_matrix_is_computed_once_where_it_is_frozen(frozen: bool, tmp_path: Path) -> None:
+    objective = make_trainer(tmp_path, DIPNetConfig(**ADAPTER)).dipnet
+    head = objective.tuner.model.get_output_embeddings().weight.requires_grad_(not frozen)
+    first = objective.gram(head)
+    assert torch.allclose(first, head.T @ head)
+    with torch.no_grad():
+        head.mul_(2)
+    assert torch.allclose(objective.gram(head), first if frozen else 4 * first)
+
+
 def test_log(tmp_path: Path) -> None:
     """Every term is logged raw and weighted, the terms add up to the loss, and each block has its noise level."""
     options = {"num_trajectories": 2, "stability_weight": 0.05, "gradient_accumulation_steps": 2, "max_steps": 3}

@@ -13,7 +13,8 @@ import torch
 
 from tests.trainer import two_ranks
 from tests.trainer.by_hand import by_hand
-from tests.trainer.test_every_method import METHODS, applicable, every_method, whole_batch
+from tests.trainer.methods import METHODS
+from tests.trainer.test_every_method import applicable, every_method, whole_batch
 from tests.trainer.tiny import assert_close
 
 

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig
 
 from dip_hf import DIPNetConfig, DIPSFTConfig, DIPSFTTrainer
+from tests.trainer.methods import ICP
 from tests.trainer.tiny import ADAPTER, assert_close, base_model, gradients, losses, make_trainer, tokenised, tokenizer
 
 
@@ -100,6 +101,21 @@ def test_not_finite(adapter: PeftConfig, parameter: str, value: float, term: str
     assert resumed.state.global_step == 4 and torch.isfinite(torch.tensor(losses(resumed))).all()
 
 
+def test_directions_of_icp(tmp_path: Path) -> None:
+    """On the same data and weights, only the random direction differs from step to step; it is the run's own."""
+    logged: dict[str, list[float]] = {}
+    for direction in ("descent", "ascent", "random", "random"):
+        options = {**ICP, "icp_direction": direction, "max_steps": 4, "learning_rate": 0.0}
+        trainer = make_trainer(tmp_path, LoraConfig(**ADAPTER), options)
+        trainer.train()
+        values = [entry["icp/features"] for entry in trainer.state.log_history if "icp/features" in entry]
+        assert logged.setdefault(direction, values) == values
+    assert logged["descent"] == pytest.approx(logged["descent"][:1] * 3, rel=1e-3)
+    assert logged["ascent"] == pytest.approx(logged["ascent"][:1] * 3, rel=1e-3)
+    assert len(set(logged["random"])) == 3
+    assert len({values[0] for values in logged.values()}) == 3
+
+
 def test_short_last_batch(tmp_path: Path) -> None:
     """A last batch with fewer rows than the loss has terms is an ordinary batch."""
     options = {"num_trajectories": 2, "stability_weight": 0.1, "max_steps": 3, "per_device_train_batch_size": 4}
@@ -115,11 +131,14 @@ def test_card(tmp_path: Path) -> None:
     trainer.train()
     trainer.save_model(str(tmp_path / "saved"))
     card = (folder / "README.md").read_text(encoding="utf-8")
-    assert "# Model Card for tiny-dip" in card and "DIP-SFT" in card
+    assert "# tiny\\-dip\n" in card and "**DIPNet**" in card and "| `num_trajectories` | `1` |" in card
     assert all(f"- {tag}\n" in card for tag in ("trl", "sft", "dip_hf"))
     assert str(tmp_path) not in card and "/home" not in card
     assert (tmp_path / "saved" / "adapter_model.safetensors").is_file()
     assert (folder / "checkpoint-1" / "adapter_model.safetensors").is_file()
+    for saved in (tmp_path / "saved", folder / "checkpoint-1"):
+        assert {"training_config.yaml", "environment.json"} <= {path.name for path in saved.iterdir()}
+        assert str(tmp_path) not in (saved / "training_config.yaml").read_text(encoding="utf-8")
 
 
 def test_arguments_of_other_classes(tmp_path: Path) -> None:

@@ -19,8 +19,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from trl import SFTTrainer
 
 import dip_hf.dipnet.layer
+import dip_hf.ibvi.layer
 from dip_hf import DIPSFTConfig, DIPSFTTrainer
 from dip_hf.dipnet.layer import LogVariance
+from dip_hf.ibvi.functional import posterior_coefficients
 from dip_hf.noise import NoiseKey, derive_seed, gaussian
 
 
@@ -145,9 +147,9 @@ def gradients(
 
 @contextmanager
 def steady_noise(trainer: Any) -> Iterator[None]:
-    """Noise that depends on block and trajectory alone, and RMS values known beforehand.
+    """Noise and samples of weights that depend on place and trajectory alone, and RMS values known beforehand.
 
-    Every token then gets the same noise, however the data is cut into micro-batches, ranks or packed rows, so that
+    Every token then gets the same, however the data is cut into micro-batches, ranks or packed rows, so that
     all terms of the loss, those of the noise too, must come out the same for the same data.
     """
 
@@ -156,10 +158,16 @@ def steady_noise(trainer: Any) -> Iterator[None]:
         noise = torch.stack([gaussian(std.shape, seed, v.device) for seed in seeds])
         return v + (std * noise).repeat_interleave(v.shape[0] // trajectories, 0)[:, None]
 
+    def same_sample(key: Tensor, number: int, trajectories: int, rank: int) -> Tensor:
+        return posterior_coefficients(NoiseKey(0).tensor(), number, trajectories, rank)
+
     for module in trainer.model.modules():
         if isinstance(module, LogVariance):
             module.rms.fill_(0.5)
-    with mock.patch.object(dip_hf.dipnet.layer, "add_noise", same_for_every_token):
+    with (
+        mock.patch.object(dip_hf.dipnet.layer, "add_noise", same_for_every_token),
+        mock.patch.object(dip_hf.ibvi.layer, "posterior_coefficients", same_sample),
+    ):
         yield
 
 

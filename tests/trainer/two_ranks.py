@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 
 from tests.trainer.by_hand import recorded_step
-from tests.trainer.test_every_method import METHODS, Method
+from tests.trainer.methods import METHODS, Method
 from tests.trainer.tiny import gradients, make_trainer, tokenised
 
 

@@ -1,0 +1,178 @@
+"""The posterior of LoRA's A in one linear layer, in PEFT's form."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from dip_hf.ibvi.functional import deviation, initial_covariance, posterior_coefficients, posterior_number, project
+from dip_hf.noise import derive_seed
+from dip_hf.noise_state import NoiseState
+from dip_hf.peft_compat import LoraLayer, LoraVariant
+
+
+COVARIANCE = "lora_dip_covariance"
+"""Name of the ModuleDict that a variational LoRA layer gets."""
+
+
+class _Tagged(torch.autograd.Function):
+    """The identity, which saves an empty tensor whose shape is a number that stands for the sample.
+
+    A checkpoint compares the shapes of what is saved in the forward pass and in its recomputation: one that would
+    recompute with another sample, of a later pass, stops with an error and not with a wrong gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, tag: int) -> Tensor:
+        ctx.save_for_backward(weight.new_empty(0, tag))
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        _ = ctx.saved_tensors
+        return grads[0], None
+
+
+class Covariance(nn.Module):
+    """S of one adapter in one LoRA layer, where A ~ N(lora_A.weight, S Sᵀ).
+
+    Args:
+        shape: (r, n) of LoRA's A.
+        rank: R.
+        scale: c; at 0 the posterior is a point, and nothing is sampled.
+        in_eval: sample in evaluation too.
+        seed: of the initial values, and of the samples where no trainer provides a key.
+        name: the LoRA layer's, on which the samples depend.
+        block: index of the decoder block that the layer lies in.
+        state: shared by all noise sites and posteriors of the model.
+        device: where S lies; on the meta device it is to be assigned on loading.
+    """
+
+    weight: nn.Parameter
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        rank: int,
+        scale: float,
+        in_eval: bool,
+        seed: int,
+        name: str,
+        block: int,
+        state: NoiseState,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.shape, self.rank, self.scale, self.in_eval, self.seed = shape, rank, scale, in_eval, seed
+        self.number, self.block, self.state = posterior_number(name), block, state
+        empty = torch.empty(rank, *shape, dtype=torch.float32, device="meta")
+        self.weight = nn.Parameter(empty if device.type == "meta" else self.initial().to(device))
+
+    def initial(self) -> Tensor:
+        """The initial S, shape (R, r, n), fp32, on the CPU; always the same."""
+        return initial_covariance(self.rank, self.shape, self.scale, self.seed, self.number)
+
+    @property
+    def sampled(self) -> bool:
+        """Whether a forward pass now samples: in training, inside `sampling`, or where evaluation shall, too."""
+        return self.scale > 0 and (self.training or self.state.sampling or self.in_eval)
+
+    def forward(self, x: Tensor, mean: Tensor, position: int) -> Tensor:
+        """x (A + Σ_k z_k S_k)ᵀ, with one z per trajectory, shared by its rows and tokens.
+
+        S is read here and nowhere else, so that FSDP and ZeRO-3 gather it.
+
+        Args:
+            x: shape (m · rows, ..., n), trajectory-major.
+            mean: A, shape (r, n).
+            position: of the adapter among the active ones, whose samples are independent.
+
+        Returns:
+            Shape (m · rows, ..., r).
+
+        Raises:
+            ValueError: the layer sees other tokens than its block, so that they cannot be told apart by trajectory.
+        """
+        number = self.number ^ position
+        key, trajectories = self.state.posterior_sample(number, self.seed)
+        if trajectories > 1 and self.state.sampling and x.shape[:-1].numel() != self.state.tokens:
+            raise ValueError(
+                f"trajectories={trajectories}: a variational layer of block {self.block} sees {x.shape[:-1].numel()} "
+                f"tokens of {self.state.tokens}, as an expert does; leave it out of variational_blocks or "
+                "target_modules, or sample one trajectory."
+            )
+        z = posterior_coefficients(key, number, trajectories, self.rank)
+        covariance = self.weight.float() if self.weight.dtype.itemsize < 4 else self.weight
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            covariance = _Tagged.apply(covariance, derive_seed(key, number, trajectories) & (2**31 - 1))
+        weights = (mean + deviation(covariance, z.to(covariance))).to(mean.dtype)
+        return project(x, weights)
+
+
+class VariationalLora(LoraVariant):
+    """y = W0 x + (lora_alpha / r) B (A + Σ_k z_k S_k) x, z ~ N(0, I_R); without sampling, and merged, plain LoRA.
+
+    The family is arXiv 2505.20235's; that it sits on LoRA's A, under a deterministic B, is this project's choice.
+    """
+
+    @staticmethod
+    def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
+        """Add the posterior to a layer that holds the adapter's LoRA weights; keyword arguments as `Covariance`'s."""
+        if COVARIANCE not in module._modules:
+            module.adapter_layer_names = (*module.adapter_layer_names, COVARIANCE)
+            module.add_module(COVARIANCE, nn.ModuleDict())
+        leaf = Covariance(tuple(module.lora_A[adapter_name].weight.shape), **kwargs)
+        leaf.train(module.get_base_layer().training)  # a LoRA layer is born in training mode, whatever it wraps
+        module._modules[COVARIANCE][adapter_name] = leaf
+        module.lora_variant[adapter_name] = VariationalLora()
+        if leaf.scale == 0:
+            make_point(module, adapter_name)
+
+    @staticmethod
+    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        x = module.lora_dropout[active_adapter](x)
+        leaf = covariances(module)[active_adapter]
+        hidden = leaf(x, lora_a.weight, module.active_adapters.index(active_adapter)) if leaf.sampled else lora_a(x)
+        return result + lora_b(hidden) * module.scaling[active_adapter]
+
+    @staticmethod
+    def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        return orig_weight + module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+
+    @staticmethod
+    def merge_unsafe(module: Any, active_adapter: str, orig_weight: Tensor) -> None:
+        orig_weight.data += module.get_delta_weight(active_adapter)
+
+    @staticmethod
+    def unmerge(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        return orig_weight.data - module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+
+
+def covariances(module: nn.Module) -> dict[str, Covariance]:
+    """The posteriors that a module holds, by adapter; empty where it is no variational LoRA layer."""
+    leaves = module._modules.get(COVARIANCE)
+    return cast(dict[str, Covariance], leaves._modules) if isinstance(leaves, nn.ModuleDict) else {}
+
+
+def make_point(module: nn.Module, adapter_name: str) -> None:
+    """Set a layer's covariance to zero for good, where it has one."""
+    if adapter_name in covariances(module):
+        layer: Any = module
+        leaf = covariances(module)[adapter_name]
+        leaf.scale = 0.0
+        leaf.weight = nn.Parameter(torch.zeros_like(leaf.weight), requires_grad=False)
+        layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, adapter_name: (COVARIANCE,)}
+
+
+def active_covariances(model: nn.Module) -> list[Covariance]:
+    """The posteriors that a sampled forward pass would draw from now."""
+    return [
+        leaf
+        for module in model.modules()
+        if isinstance(module, LoraLayer) and not module.disable_adapters and not module.merged
+        for name, leaf in covariances(module).items()
+        if name in module.active_adapters
+    ]

@@ -1,0 +1,97 @@
+"""What the random parts of one model share: the key of the current pass, and how many trajectories it has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dip_hf.noise import NoiseKey
+
+
+def _recomputing() -> bool:
+    """Whether this runs inside a backward pass: a checkpoint computes a part of the forward pass again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+@dataclass
+class NoiseState:
+    """What all noise sites and posteriors of a model share; the tuner's `sampling` context sets it.
+
+    Attributes:
+        key: `NoiseKey.tensor()` of the current forward pass.
+        posterior_key: the same for the posteriors, which may keep their sample while the noise changes.
+        trajectories: m, the number of trajectories folded into the batch from the first random block on.
+        sampling: whether a `sampling` context is open: noise is then on in evaluation too, under that context's key.
+        visited: what drew noise outside such a context: who comes again belongs to a new forward pass, which gets a
+            new key.
+        tokens: number of tokens that the folded blocks see, over all trajectories; 0 before the first folded pass.
+        last_sample: posterior key and m of the last forward pass, for the backward pass that recomputes it, when the
+            `sampling` context may have closed.
+        attention_mask: of the current forward pass, shape (batch, length), nonzero where valid; None where unknown.
+        log_variances: per block index the log-variance of this context's pass, relative to the squared RMS, with its
+            gradient, and that RMS. Written by the sites, because under FSDP and ZeRO-3 a parameter is whole only
+            while its module runs.
+    """
+
+    key: Tensor = field(default_factory=lambda: NoiseKey(0).tensor())
+    posterior_key: Tensor = field(default_factory=lambda: NoiseKey(0).tensor())
+    trajectories: int = 1
+    sampling: bool = False
+    visited: set[int] = field(default_factory=set)
+    tokens: int = 0
+    last_sample: tuple[Tensor, int] | None = None
+    attention_mask: Tensor | None = None
+    log_variances: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @contextmanager
+    def passes_under(self, key: NoiseKey, posterior_key: NoiseKey, trajectories: int) -> Iterator[None]:
+        """Forward passes inside are sampled, with these keys and m; contexts nest."""
+        outer = (self.key, self.posterior_key, self.trajectories, self.sampling, self.log_variances)
+        self.key, self.posterior_key, self.trajectories = key.tensor(), posterior_key.tensor(), trajectories
+        self.sampling, self.log_variances = True, {}
+        self.last_sample = (self.posterior_key, trajectories)
+        try:
+            yield
+        finally:
+            self.key, self.posterior_key, self.trajectories, self.sampling, self.log_variances = outer
+
+    def enter_layer(self, layer: int, seed: int) -> None:
+        """Outside any `sampling` context: on a new forward pass, go on to the next step of `seed` and this rank.
+
+        Args:
+            layer: index of the block, or a posterior's number.
+
+        Raises:
+            RuntimeError: called while a backward pass recomputes activations, whose noise it could not repeat.
+        """
+        if _recomputing():
+            raise RuntimeError(
+                "a checkpoint around a decoder block recomputes its noise, which would differ from the forward "
+                "pass's; use `model.gradient_checkpointing_enable()`, which leaves the block's hooks outside, or keep "
+                "the `sampling` context open through the backward pass."
+            )
+        if layer in self.visited or not self.visited:
+            rank = dist.get_rank() if dist.is_initialized() else 0
+            self.key = torch.cat([torch.tensor([seed]), self.key[1:2] + 1, torch.tensor([0, rank])])
+            self.posterior_key = self.key
+            self.last_sample = (self.key, 1)
+            self.visited = set()
+        self.visited.add(layer)
+
+    def posterior_sample(self, layer: int, seed: int) -> tuple[Tensor, int]:
+        """The key and m of the posteriors' sample in this pass, or in the one that a backward pass recomputes.
+
+        Args:
+            layer: the posterior's number.
+            seed: as for `enter_layer`.
+        """
+        if not self.sampling:
+            if _recomputing() and self.last_sample is not None:
+                return self.last_sample
+            self.enter_layer(layer, seed)
+        return self.posterior_key, self.trajectories

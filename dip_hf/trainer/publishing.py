@@ -1,0 +1,133 @@
+"""What a run leaves for others: its record beside the weights, its card, and a push to the Hub."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, HfApi
+from peft import PeftModel
+from trl import SFTTrainer
+
+from dip_hf.hub import PushSettings, push
+from dip_hf.hub.card import is_repo_id, render_card
+from dip_hf.hub.record import scrub, training_config, write_record
+from dip_hf.hub.run import MODEL, FinishedRun
+from dip_hf.trainer.config import DIPSFTConfig
+
+
+class PublishingTrainer(SFTTrainer):
+    """`trl.SFTTrainer` that records its settings, writes this project's model card, and pushes in one commit."""
+
+    args: DIPSFTConfig
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer's, with training_config.yaml and environment.json beside the weights; see `dip_hf.hub.record`."""
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_record(folder, self.args, _own_fields())  # before the parent's, which may push
+        super().save_model(output_dir, _internal_call)
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | list[str] | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        """As TRL's, README.md in `output_dir`, from this project's template; without results, which come later."""
+        if not self.is_world_process_zero():
+            return
+        adapter: dict[str, Any] = {}
+        kind = MODEL
+        if isinstance(self.model, PeftModel):
+            config = self.model.peft_config[self.model.active_adapter]
+            adapter, kind = scrub(config.to_dict()), str(config.peft_type.value)
+        base = self.model.config._name_or_path  # where TRL's own card has it from
+        names = [dataset_name] if isinstance(dataset_name, str) else dataset_name or []
+        run = FinishedRun(
+            folder=Path(self.args.output_dir),
+            kind=kind,
+            adapter=adapter,
+            training=training_config(self.args, _own_fields()),
+            environment=None,
+            base_model=base if base and is_repo_id(base) and not Path(base).exists() else None,
+            datasets=tuple(names),
+        )
+        name = self.hub_model_id or self.args.hub_model_id or model_name or Path(self.args.output_dir).name
+        text = render_card(
+            run, name if is_repo_id(name) else "model", lora="" if kind == "LORA" else None, tags=self._tags(tags)
+        )
+        Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+        (Path(self.args.output_dir) / "README.md").write_text(text, encoding="utf-8")
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        *,
+        dataset_name: str | list[str] | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        base_model: str | None = None,
+        report: str | None = None,
+        merged: bool = False,
+        force: bool = False,
+    ) -> CommitInfo | Future[CommitInfo] | None:
+        """Save the run to `output_dir`, and push it in one commit (see `dip_hf.hub.push`).
+
+        Args:
+            commit_message, blocking, token, revision, private: as for Trainer's.
+            dataset_name, tags, model_name: as for `create_model_card`.
+            base_model, report, merged, force: as for `dip_hf.hub.PushSettings`.
+
+        Returns:
+            The commit, or with `blocking=False` the future of it; None in processes other than the main one.
+
+        Raises:
+            ValueError: the run cannot be pushed, or the repository has commits that this run did not make. The run is
+                saved all the same.
+            HubError: the Hub could not be reached, or refused.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = token if token is not None else self.args.hub_token
+        self.save_model(_internal_call=True)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
+        settings = PushSettings(
+            folder=self.args.output_dir,
+            repo_id=self.hub_model_id,
+            base_model=base_model,
+            datasets=[dataset_name] if isinstance(dataset_name, str) else dataset_name,
+            report=report,
+            merged=merged,
+            private=bool(private if private is not None else self.args.hub_private_repo),
+            force=force,
+            revision=revision if revision is not None else self.args.hub_revision,
+            commit_message=commit_message,
+        )
+        self._finish_current_push()
+        jobs = [] if self.push_in_progress is None else self.push_in_progress.jobs
+        own = [job.result().oid for job in jobs if job.exception() is None]  # checkpoints, pushed while training
+
+        def send() -> CommitInfo:
+            commit = push(settings, token, own_commits=own, tags=self._tags(tags))
+            assert commit is not None  # it is no dry run
+            return commit
+
+        return send() if blocking else HfApi().run_as_future(send)
+
+    def _tags(self, tags: str | list[str] | None) -> list[str]:
+        return [*([tags] if isinstance(tags, str) else tags or []), *self._tag_names]
+
+
+def _own_fields() -> list[str]:
+    """Fields that this project adds to TRL's."""
+    return list(DIPSFTConfig.__annotations__)

@@ -1,0 +1,75 @@
+"""torch.compile: samples change from pass to pass without compiling anew, and equal the eager pass's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from dip_hf import NoiseKey
+from tests.dipnet.models import batch, build
+from tests.dipnet.test_compiled import Counter
+from tests.ibvi.models import variational
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def model() -> PeftModel:
+    return variational(build(num_hidden_layers=2), target_modules=["q_proj", "up_proj"]).train()
+
+
+def step(model: Any, owner: PeftModel, key: NoiseKey, trajectories: int = 1) -> tuple[Tensor, list[Tensor]]:
+    owner.zero_grad()
+    with owner.base_model.sampling(key, trajectories):
+        logits = model(**batch(), use_cache=False).logits
+    logits.square().mean().backward()
+    return logits.detach(), [p.grad.clone() for p in owner.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("trajectories", [1, 2])
+def test_the_whole_model(model: PeftModel, trajectories: int) -> None:
+    counter = Counter()
+    compiled = torch.compile(model, backend=counter)
+    graphs = []
+    for number in range(4):
+        found, gradients = step(compiled, model, NoiseKey(1, number), trajectories)
+        expected, theirs = step(model, model, NoiseKey(1, number), trajectories)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(gradients, theirs, rtol=1e-3, atol=1e-5)
+        graphs.append(counter.graphs)
+    assert graphs[-1] == graphs[2] > 0
+    # by the mean outside
+    model.eval()
+    arguments = {**batch(), "use_cache": False}
+    torch.testing.assert_close(compiled(**arguments).logits, model(**arguments).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_outside_a_context(model: PeftModel) -> None:
+    counter = Counter()
+    compiled = torch.compile(model, backend=counter)
+    with torch.no_grad():
+        passes, graphs = [], []
+        for _ in range(5):
+            passes.append(compiled(**batch(), use_cache=False).logits)
+            graphs.append(counter.graphs)
+    assert not any(torch.equal(one, other) for one, other in pairwise(passes))
+    assert graphs[-1] == graphs[3] > 0
+
+
+def test_gradients_through_aot_autograd(model: PeftModel) -> None:
+    compiled = torch.compile(model, backend="aot_eager")
+    found, gradients = step(compiled, model, NoiseKey(1), 2)
+    expected, theirs = step(model, model, NoiseKey(1), 2)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradients, theirs, rtol=1e-3, atol=1e-5)

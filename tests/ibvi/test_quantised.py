@@ -1,0 +1,59 @@
+"""A posterior on 4- and 8-bit bases (bitsandbytes, on the CPU)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, prepare_model_for_kbit_training
+
+from dip_hf import export_lora
+from dip_hf.peft_compat import LoraLayer
+from tests.dipnet.models import KEY, batch, build
+from tests.dipnet.test_quantised import SETTINGS, load
+from tests.ibvi.models import at_sample, posteriors, variational
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    pytest.importorskip("bitsandbytes")
+    # bitsandbytes's blocks of 64 need sizes that are multiples of it
+    build(hidden_size=64, intermediate_size=64, head_dim=16, num_hidden_layers=2).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def passes(model: PeftModel) -> list[torch.Tensor]:
+    model.eval()
+    with torch.no_grad():
+        mean = model(**batch()).logits
+        with model.base_model.sampling(KEY):
+            return [mean, model(**batch()).logits]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("bits", SETTINGS)
+def test_training_saving_loading_merging_and_export(folder: Path, tmp_path: Path, bits: str) -> None:
+    model = variational(prepare_model_for_kbit_training(load(folder, bits), use_gradient_checkpointing=False)).train()
+    assert len(posteriors(model)) == sum(isinstance(module, LoraLayer) for module in model.modules()) == 14
+    with model.base_model.sampling(KEY, 2):
+        logits = model(**batch()).logits
+    assert len(logits) == 6
+    logits.float().square().mean().backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.dtype == torch.float32 and parameter.grad.abs().sum() > 0, name
+
+    expected = passes(model)
+    with torch.no_grad(), at_sample(model, KEY, 0):
+        torch.testing.assert_close(model(**batch()).logits, expected[1], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(*expected, atol=1e-3)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(load(folder, bits), tmp_path / "adapter")
+    torch.testing.assert_close(passes(loaded), expected, rtol=1e-4, atol=1e-4)
+    stock = PeftModel.from_pretrained(load(folder, bits), export_lora(model, tmp_path / "lora")).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(stock(**batch()).logits, expected[0], rtol=1e-4, atol=1e-4)
+        # merging rounds to the base's bits, in ours as in stock LoRA
+        merged, theirs = loaded.merge_and_unload(), stock.merge_and_unload()
+        torch.testing.assert_close(merged(**batch()).logits, theirs(**batch()).logits, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,45 @@
+"""The posterior's flags of recipes/sft.py, and what a dry run says of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dip_hf.dipnet import DIPNetConfig
+from dip_hf.recipe.arguments import make_parser
+from dip_hf.recipe.dry_run import describe_run
+from tests.recipes.support import ARCHITECTURES, ROOT
+
+
+CONFIG = ["--config", str(ROOT / "recipes" / "configs" / "gsm8k_qwen2.5_3b.yaml"), "--dry_run"]
+
+
+def parse(*argv: str) -> tuple[Any, ...]:
+    return make_parser().parse_recipe([*CONFIG, *argv])
+
+
+def test_flags_become_fields() -> None:
+    *_, adapter = parse(
+        *("--variational_rank", "4", "--variational_scale", "0.5", "--variational_blocks", "9", "--noise_blocks", "0")
+    )
+    config = adapter.peft_config()
+    assert isinstance(config, DIPNetConfig) and not config.projected
+    assert (config.variational_rank, config.variational_scale, config.variational_blocks) == (4, 0.5, 9)
+    *_, adapter = parse("--variational_rank", "2", "--variational_blocks", "0,3")
+    assert adapter.peft_config().variational_blocks == [0, 3] and adapter.peft_config().projected
+
+
+@pytest.mark.parametrize("adapter", ["lora", "none"])
+def test_only_our_adapter_has_one(adapter: str) -> None:
+    with pytest.raises(ValueError, match=rf"variational_rank=4 contradicts adapter='{adapter}'.*noise_blocks '0'"):
+        parse("--adapter", adapter, "--variational_rank", "4")
+
+
+def test_a_dry_run_describes_it() -> None:
+    arguments = parse("--variational_rank", "4", "--noise_blocks", "0", "--variational_blocks", "9")
+    text = "\n".join(describe_run(*arguments, architectures=ARCHITECTURES))
+    assert "posterior   of rank 4 in 9 of 36 blocks, model.layers.27 to model.layers.35; initially 1 x" in text
+    assert "hybrid optimiser" in text and "noise " not in text
+    assert "sharing the 27 blocks below" in text
+    assert "63 tensors, learning rate 0.000125, weight decay 0" in text  # seven layers in nine blocks, 5e-4 / 4

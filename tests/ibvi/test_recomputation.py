@@ -1,0 +1,111 @@
+"""Activation checkpointing: the backward pass computes blocks again, with the sample that the forward pass had."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointError
+
+from dip_hf import NoiseKey
+from tests.dipnet.models import adapt, batch, build
+from tests.ibvi.models import POSTERIOR, variational
+
+
+def checkpointed(model: PeftModel, reentrant: bool = False) -> PeftModel:
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    return model.train()
+
+
+def loss(model: PeftModel, rows: int = 3) -> Tensor:
+    return model(**batch(rows, padded=True), use_cache=False).logits.square().mean()
+
+
+def gradients(model: PeftModel) -> list[Tensor]:
+    return [parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad]
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+@pytest.mark.parametrize("trajectories", [0, 1, 2], ids=["no context", "m=1", "m=2"])
+@pytest.mark.parametrize("arguments", [POSTERIOR, {"variational_rank": 2}], ids=["posterior", "with noise"])
+@pytest.mark.filterwarnings("ignore")
+def test_the_same_gradient(arguments: dict[str, Any], trajectories: int, reentrant: bool) -> None:
+    """Two micro-batches, each with a sample of its own, after the `sampling` context has closed, or with none."""
+    results = []
+    for recompute in (False, True):
+        model = adapt(build(), **arguments, lora_dropout=0.2).train()
+        if recompute:
+            checkpointed(model, reentrant)
+        torch.manual_seed(0)
+        for step in range(2):
+            if trajectories:
+                with model.base_model.sampling(NoiseKey(0, step), trajectories):
+                    value = loss(model)
+            else:
+                value = loss(model)
+            value.backward()
+        results.append(gradients(model))
+    assert all(gradient.abs().sum() > 0 for gradient in results[0])
+    assert all(map(torch.equal, *results))
+
+
+def test_a_gradient_inside_the_context_and_one_after_it() -> None:
+    """As ICP's: `torch.autograd.grad` on the graph, a second pass under the same key, then the backward pass."""
+    results = []
+    for recompute in (False, True):
+        model = variational(build()).train()
+        if recompute:
+            checkpointed(model)
+        with model.base_model.sampling(NoiseKey(5)):
+            value = loss(model)
+            weight = next(parameter for parameter in model.parameters() if parameter.requires_grad)
+            (first,) = torch.autograd.grad(value, weight, retain_graph=True)
+            with torch.no_grad():
+                loss(model)
+        value.backward()
+        assert torch.equal(weight.grad, first)
+        results.append(gradients(model))
+    assert all(map(torch.equal, *results))
+
+
+def test_several_passes_before_one_backward_pass() -> None:
+    """Without checkpoints each keeps its sample; with them the earlier ones would be recomputed wrongly: an error."""
+    model = variational(build()).train()
+    expected = []
+    for step in range(2):
+        with model.base_model.sampling(NoiseKey(0, step)):
+            loss(model, 2 + step).backward()
+        expected.append(gradients(model))
+    model.zero_grad()
+    losses = []
+    for step in range(2):
+        with model.base_model.sampling(NoiseKey(0, step)):
+            losses.append(loss(model, 2 + step))
+    sum(losses).backward()  # type: ignore[union-attr]
+    for found, total in zip(gradients(model), expected[1], strict=True):
+        torch.testing.assert_close(found, total, rtol=1e-4, atol=1e-7)
+
+    checkpointed(model)
+    losses = []
+    for step in range(2):
+        with model.base_model.sampling(NoiseKey(0, step)):
+            losses.append(loss(model, 2 + step))
+    with pytest.raises(CheckpointError, match="different metadata"):
+        sum(losses).backward()  # type: ignore[union-attr]
+
+
+def test_several_passes_under_one_key_before_one_backward_pass() -> None:
+    results = []
+    for recompute in (False, True):
+        model = variational(build()).train()
+        if recompute:
+            checkpointed(model)
+        with model.base_model.sampling(NoiseKey(0)):
+            total = loss(model, 2) + loss(model, 3)
+        total.backward()
+        results.append(gradients(model))
+    assert all(map(torch.equal, *results))
