@@ -1,10 +1,14 @@
-"""Evaluates a base and checkpoints of it through lm-eval: one table, and report.json, report.md and report.png.
+"""Evaluates a base and checkpoints of it through lm-eval: tables, and report.json, report.md and report.png.
 
     python recipes/evaluate.py --model recipes/base_model \
         --checkpoints base lora=runs/quickstart/lora dipnet=runs/quickstart/dipnet \
         --tasks dip_reasoning dip_reasoning_pretraining --limit 100 --output_dir runs/quickstart
 
-`--config FILE.yaml` takes the same fields from a file; options override it.
+`--config FILE.yaml` takes the same fields from a file; options override it. How a checkpoint predicts stands behind
+its folder, so that one run can compare several ways:
+
+    --calibration true --checkpoints lora=DIR temperature=DIR,temperature dropout=DIR,dropout,samples=10 \
+        ensemble=DIR+DIR+DIR mean=DIR ibvi=DIR,samples=10
 """
 
 from __future__ import annotations
@@ -32,7 +36,11 @@ class EvaluationArguments:
         default_factory=lambda: ["base"],
         metadata={
             "help": "Any number of `name=folder` (an adapter on the base, or a whole model) or `name` alone (the base "
-            "itself). The first is what the others are compared with."
+            "itself). The first is what the others are compared with. `name=folder,samples=10` averages the "
+            "probabilities of 10 samples of a DIPNet adapter's noise and posterior; `name=folder,dropout,samples=10` "
+            "those of a LoRA adapter's dropout; `name=folder+folder+folder` those of several LoRA adapters. "
+            "`name=folder,temperature` divides the logits by a temperature fitted on the validation split. Folders "
+            "with a comma or a plus in their names cannot be given."
         },
     )
     tasks: list[str] = field(
@@ -46,11 +54,28 @@ class EvaluationArguments:
     limit: int | None = field(
         default=None, metadata={"help": "The first so many items of each task; all if not given."}
     )
-    trajectories: int = field(
+    num_samples: int = field(
         default=0,
-        metadata={"help": "Noise trajectories to average over for DIPNet adapters; 0 is the noise-free pass."},
+        metadata={
+            "help": "Samples to average over for DIPNet adapters and `,dropout` without `samples=` of their own; 0 is "
+            "the plain pass: noise-free, by the posterior's mean."
+        },
     )
-    noise_seed: int = field(default=0, metadata={"help": "Seed of those trajectories."})
+    noise_seed: int = field(default=0, metadata={"help": "Seed of those samples."})
+    calibration: bool = field(
+        default=False,
+        metadata={
+            "help": "Negative log-likelihood, calibration error, Brier score and AUROC of the answers, with a "
+            "reliability diagram; takes one more pass over the answers."
+        },
+    )
+    in_distribution: str | None = field(
+        default=None,
+        metadata={
+            "help": "The task set that the others are a shift from, and whose validation split temperatures "
+            "are fitted on; the first if not given. Used by calibration."
+        },
+    )
     batch_size: int = field(default=128, metadata={"help": "Prompts per forward pass."})
     device: str | None = field(
         default=None, metadata={"help": "Such as `cuda`; a GPU where there is one if not given."}
@@ -60,7 +85,7 @@ class EvaluationArguments:
         default=str(Path(__file__).parent.parent / "evals"), metadata={"help": "Folder of task files."}
     )
     output_dir: str = field(
-        default="runs/evaluation", metadata={"help": "Where report.json, .md and .png are written."}
+        default="runs/evaluation", metadata={"help": "Where report.json, .md and the pictures are written."}
     )
 
 
@@ -76,8 +101,10 @@ def main(argv: list[str] | None = None) -> None:
             families=None if arguments.families is None else tuple(arguments.families),
             limit=arguments.limit,
             batch_size=arguments.batch_size,
-            trajectories=arguments.trajectories,
+            num_samples=arguments.num_samples,
             noise_seed=arguments.noise_seed,
+            calibration=arguments.calibration,
+            in_distribution=arguments.in_distribution,
             device=arguments.device,
             dtype=arguments.dtype,
         )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from peft.helpers import MontecloraTrainerMixin
 from transformers import AutoTokenizer
 from trl import get_quantization_config
 
@@ -23,7 +24,12 @@ from dip_hf.trainer import DIPSFTConfig, DIPSFTTrainer
 ARCHITECTURES = Path(__file__).parent / "architectures"
 
 
-def make_trainer(data: DataArguments, training: DIPSFTConfig, adapter: AdapterArguments) -> DIPSFTTrainer:
+def make_trainer(
+    data: DataArguments,
+    training: DIPSFTConfig,
+    adapter: AdapterArguments,
+    trainer_class: type[DIPSFTTrainer] = DIPSFTTrainer,
+) -> DIPSFTTrainer:
     """Load data and model. Data comes first: a mistake in it costs no wait for the weights."""
     evaluates = training.eval_strategy != "no"
     train_dataset = load_train_dataset(data, training.dataset_text_field)
@@ -35,7 +41,9 @@ def make_trainer(data: DataArguments, training: DIPSFTConfig, adapter: AdapterAr
         "dtype": adapter.dtype,
         **(given if isinstance(given, dict) else {}),
     }
-    return DIPSFTTrainer(
+    if adapter.adapter == "monteclora":
+        trainer_class = type("MonteCLoRATrainer", (MontecloraTrainerMixin, trainer_class), {})  # adds PEFT's own loss
+    return trainer_class(
         model=adapter.model_name_or_path,
         args=training,
         train_dataset=train_dataset,
@@ -56,7 +64,7 @@ def main(data: DataArguments, training: DIPSFTConfig, adapter: AdapterArguments)
     trainer.save_model(training.output_dir)
     trainer.accelerator.print(f"Saved to {training.output_dir}")
     if training.push_to_hub:
-        trainer.push_to_hub(dataset_name=data.dataset_name)
+        trainer.push_to_hub(dataset_name=data.dataset_name or data.families)
     trainer.end()
 
 

@@ -1,14 +1,15 @@
-"""lm-eval's model "hf-dip": a Hugging Face model under a DIPNet adapter, noise-free or averaged over trajectories.
+"""lm-eval's model "hf-dip": a Hugging Face model under an adapter, whose predictions may be averages over samples.
 
-Prediction (arXiv 2506.04690): by default the noise-free pass; alternatively the outputs of k sampled trajectories are
-averaged. "Outputs" are taken to be next-token probabilities, given the tokens so far (this project's choice).
+Prediction (arXiv 2506.04690, 2505.20235): by default the noise-free pass, by the posterior's mean; alternatively the
+outputs of k samples are averaged. "Outputs" are taken to be next-token probabilities, given the tokens so far (this
+project's choice).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
 from typing import Any
 
@@ -17,7 +18,13 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import dip_hf  # noqa: F401  # registers the DIPNet adapter with PEFT, for stock `--model hf` too
-from dip_hf.dipnet import DIPNetModel
+from dip_hf.evaluation.sampling import (
+    DropoutSampler,
+    Ensemble,
+    NoiseSampler,
+    Sampler,
+    average_log_probabilities,
+)
 from dip_hf.noise import NoiseKey
 
 
@@ -28,38 +35,28 @@ except ImportError as error:
     raise ImportError("dip_hf.evaluation needs lm-eval: pip install 'dip_hf[eval]'") from error
 
 
-def average_log_probabilities(logits: Tensor, trajectories: int) -> Tensor:
-    """Log of the mean over trajectories of the next-token probabilities: logsumexp_j log_softmax(logits_j) - ln k.
+class SampleAverage(LogitsProcessor):
+    """Makes k samples of a batch under generation agree on every token.
 
-    Args:
-        logits: shape (k · batch, ..., vocabulary), trajectory-major: row j · batch + b is trajectory j of row b.
-        trajectories: k ≥ 1.
-
-    Returns:
-        Normalised log-probabilities in fp32, shape (batch, ..., vocabulary).
-    """
-    folded = logits.view(trajectories, -1, *logits.shape[1:])
-    return folded.log_softmax(dim=-1, dtype=torch.float32).logsumexp(dim=0) - math.log(trajectories)
-
-
-class TrajectoryAverage(LogitsProcessor):
-    """Makes k copies of a batch under generation, each with noise of its own, agree on every token.
-
-    As a context manager it keeps a noise-sampling context open, and exchanges it for the next one after every token:
-    `sampling` draws the same noise again under the same key, and a new token needs new noise.
+    As a context manager it keeps a sampling context open, and exchanges it for the next one after every token: a
+    context draws the same noise again under the same key, and a new token needs new noise.
 
     Args:
         open_sampling: from the token's index to a sampling context.
-        trajectories: k.
+        num_samples: k.
+        copies: of each row in the batch under generation: k, or 1 where the model itself makes k predictions of a row.
     """
 
-    def __init__(self, open_sampling: Callable[[int], Any], trajectories: int) -> None:
+    def __init__(
+        self, open_sampling: Callable[[int], AbstractContextManager[Any]], num_samples: int, copies: int
+    ) -> None:
         self._open_sampling = open_sampling
-        self._trajectories = trajectories
+        self._num_samples = num_samples
+        self._copies = copies
         self._stack = ExitStack()
         self._tokens = 0
 
-    def __enter__(self) -> TrajectoryAverage:
+    def __enter__(self) -> SampleAverage:
         self._stack.enter_context(self._open_sampling(0))
         return self
 
@@ -69,83 +66,152 @@ class TrajectoryAverage(LogitsProcessor):
         self._stack.close()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Replace scores, shape (k · batch, vocabulary), trajectory-major, by their average, repeated k times."""
+        """Replace scores, shape (k · batch, vocabulary), sample-major, by their average, once for each copy."""
         self._tokens += 1
         self._stack.close()
         self._stack.enter_context(self._open_sampling(self._tokens))
-        return average_log_probabilities(scores, self._trajectories).repeat(self._trajectories, 1)
+        return average_log_probabilities(scores, self._num_samples).repeat(self._copies, 1)
 
 
 @register_model("hf-dip")
 class DIPLM(HFLM):
-    """lm-eval's `hf` model with one addition: predictions may be averaged over sampled noise trajectories.
+    """lm-eval's `hf` model, whose predictions may be averaged over samples or made at a temperature.
 
-    `lm_eval --model hf-dip --model_args pretrained=BASE,peft=ADAPTER,trajectories=8`; every argument of `hf` works.
+    `lm_eval --model hf-dip --model_args pretrained=BASE,peft=ADAPTER,num_samples=10`; every argument of `hf` works.
 
     Args:
         pretrained: as in `hf`: a folder, a name on the Hub, or a loaded model.
-        trajectories: k. 0 is `hf` itself, noise-free unless the adapter was saved with `noise_in_eval=True`.
-        noise_seed: the noise is a function of this seed and of the order of the calls.
-        **kwargs: as in `hf`.
+        num_samples: k samples of a DIPNet adapter's noise and posterior, or of dropout, whose probabilities are
+            averaged. 0 is `hf` itself: noise-free, by the posterior's mean (unless the adapter was saved with
+            `noise_in_eval=True`).
+        noise_seed: samples are a function of this seed; those of noise and dropout, of the order of calls too.
+        dropout: sample a LoRA adapter's dropout.
+        temperature: logits are divided by it; greedy generation stays as it is.
+        **kwargs: as in `hf`. `peft` may name several LoRA adapters, `A+B+C`, whose probabilities are averaged.
 
     Raises:
-        ValueError: `trajectories` < 0, or > 0 without a DIPNet adapter that adds noise.
+        ValueError: `num_samples` < 0, or > 0 without anything to sample; `temperature` ≤ 0; or two kinds of averages,
+            or an average and a temperature, at once.
     """
 
-    def __init__(self, pretrained: Any, trajectories: int = 0, noise_seed: int = 0, **kwargs: Any) -> None:
-        if trajectories < 0:
-            raise ValueError(f"trajectories={trajectories} must be 0 (noise-free) or the number to average over")
-        super().__init__(pretrained=pretrained, **kwargs)
-        self.trajectories = trajectories
-        self.noise_seed = noise_seed
-        self._calls = 0
-        if trajectories > 0:
-            with self._sampling(NoiseKey(noise_seed), 1):  # refuses an adapter without noise
-                pass
-
-    def _sampling(self, key: NoiseKey, trajectories: int) -> Any:
-        tuner = getattr(self.model, "base_model", None)  # of a plain model too: its decoder
-        if not isinstance(tuner, DIPNetModel):
+    def __init__(
+        self,
+        pretrained: Any,
+        num_samples: int = 0,
+        noise_seed: int = 0,
+        dropout: bool = False,
+        temperature: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        if num_samples < 0:
+            raise ValueError(f"num_samples={num_samples} must be 0 (a plain pass) or the number to average over")
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature={temperature} must be positive and finite; 1 changes nothing")
+        member, *others = (kwargs.pop("peft", None) or "").split("+")
+        averages = [bool(others), num_samples > 0 or dropout, temperature != 1.0]
+        if sum(averages) > 1:
             raise ValueError(
-                f"trajectories={self.trajectories} needs a model with a DIPNet adapter, and "
-                f"{type(tuner if tuner is not None else self.model).__name__} has no noise: give peft=ADAPTER with a "
-                "DIPNet adapter, or trajectories=0"
+                f"peft with {len(others) + 1} adapters, num_samples={num_samples}, dropout={dropout} and "
+                f"temperature={temperature}: an ensemble, samples and a temperature cannot be combined; choose one"
             )
-        return tuner.sampling(key, trajectories=trajectories)
+        super().__init__(pretrained=pretrained, peft=member or None, **kwargs)
+        self.num_samples = num_samples
+        self.noise_seed = noise_seed
+        self.temperature = temperature
+        self._calls = 0
+        self._sampler: Sampler | None = None
+        if others:
+            self._sampler = Ensemble(self.model, others)
+        elif dropout:
+            self._sampler = DropoutSampler(self.model, num_samples)
+        elif num_samples > 0:
+            self._sampler = NoiseSampler(self.model, num_samples, noise_seed)
 
     def _next_key(self) -> NoiseKey:
         self._calls += 1
         return NoiseKey(self.noise_seed, step=self._calls, rank=self.rank)
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-        """As `hf`'s; averaged over trajectories these are log-probabilities. Shape (batch, length, vocabulary)."""
-        if self.trajectories == 0:
-            return super()._model_call(inps, attn_mask, labels)
-        with self._sampling(self._next_key(), self.trajectories):
+        """As `hf`'s, over the temperature; averages are log-probabilities. Shape (batch, length, vocabulary)."""
+        sampler = self._sampler
+        if sampler is None:
             logits = super()._model_call(inps, attn_mask, labels)
-        return average_log_probabilities(logits, self.trajectories)
+            return logits if self.temperature == 1.0 else logits / self.temperature
+        mixed = self.mixed_precision_dtype
+        with (
+            torch.no_grad(),
+            torch.autocast(self.device.type, dtype=mixed, enabled=mixed is not None),
+            sampler.sampling(self._next_key()),
+        ):
+            logits = self.model(inps.repeat(sampler.copies, 1), **sampler.arguments(inps.shape[0])).logits
+        return average_log_probabilities(logits, sampler.num_samples)
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
-        """As `hf`'s, greedy where trajectories are averaged. Token indices of shape (batch, length)."""
-        if self.trajectories == 0:
+        """As `hf`'s, greedy where samples are averaged. Token indices of shape (batch, length)."""
+        sampler = self._sampler
+        if sampler is None and self.temperature == 1.0:
             return super()._model_generate(context, max_length, stop, **generation_kwargs)
         if generation_kwargs.get("do_sample") or generation_kwargs.get("num_beams", 1) > 1:
             raise ValueError(
-                f"trajectories={self.trajectories} generates greedily, got generation_kwargs {generation_kwargs}: "
-                "remove do_sample and num_beams, or set trajectories=0"
+                f"num_samples={self.num_samples}, temperature={self.temperature} generate greedily, got "
+                f"generation_kwargs {generation_kwargs}: remove do_sample and num_beams, or predict by one plain pass"
             )
-        # The copies are rows of the batch from the first token on: a cache has one batch size for all blocks, so that
-        # folding from the first noised block on, as in training, is not possible here.
+        if sampler is None:
+            return super()._model_generate(context, max_length, stop, **generation_kwargs)
+        batch, copies = context.shape[0], sampler.copies
         if "attention_mask" in generation_kwargs:
-            generation_kwargs["attention_mask"] = generation_kwargs["attention_mask"].repeat(self.trajectories, 1)
+            generation_kwargs["attention_mask"] = generation_kwargs["attention_mask"].repeat(copies, 1)
         key = self._next_key()
-        average = TrajectoryAverage(lambda token: self._sampling(key._replace(micro_step=token), 1), self.trajectories)
+        # Where the model folds the samples into the batch itself, blocks have caches of different batch sizes: those
+        # below the first random block hold each row once.
+        average = SampleAverage(
+            lambda token: sampler.sampling(key._replace(micro_step=token)), sampler.num_samples, copies
+        )
         with average:
             generated = super()._model_generate(
-                context.repeat(self.trajectories, 1),
+                context.repeat(copies, 1),
                 max_length,
                 stop,
                 logits_processor=LogitsProcessorList([average]),
+                **sampler.arguments(batch),
                 **generation_kwargs,
             )
-        return generated[: context.shape[0]]
+        return generated[:batch]
+
+    def answer_log_probabilities(
+        self, answers: Sequence[tuple[str, str, Sequence[str]]], disable_tqdm: bool = False
+    ) -> list[float]:
+        """ln of the probability that a sampled continuation of a prompt is exactly this answer.
+
+        An answer ends with the end-of-text token, as training completions do, or with one of the task's stop
+        sequences; the probabilities of its ends are added. The answer is taken in the tokens that the tokenizer makes
+        of prompt and answer together, as in training.
+
+        Args:
+            answers: prompt, answer, and the stop sequences of the task.
+            disable_tqdm: show no progress bar.
+
+        Returns:
+            One number ≤ 0 per answer.
+        """
+        requests, owners = [], []
+        for index, (prompt, answer, until) in enumerate(answers):
+            prompt_tokens, answer_tokens = self._encode_pair(prompt, answer)
+            for end in self._ends(until):
+                requests.append((None, prompt_tokens, answer_tokens + end))
+                owners.append(index)
+        totals = [-math.inf] * len(answers)
+        values = self._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm)
+        for index, (value, _) in zip(owners, values, strict=True):
+            low, high = sorted((totals[index], value))
+            totals[index] = high + math.log1p(math.exp(low - high)) if math.isfinite(high) else high
+        return [min(total, 0.0) for total in totals]  # rounding may leave the sum of certain ends above 1
+
+    def _ends(self, until: Sequence[str]) -> list[list[int]]:
+        """Token sequences that end an answer, none the beginning of another, so that they exclude each other."""
+        encoded = [self.tok_encode(stop, add_special_tokens=False) for stop in until]
+        ends: list[list[int]] = []
+        for end in sorted([[self.eot_token_id], *encoded], key=len):
+            if end and not any(end[: len(other)] == other for other in ends):
+                ends.append(end)
+        return ends

@@ -1,4 +1,4 @@
-"""The report's picture: accuracies of the task sets on the left, paired differences on the right."""
+"""The report's pictures: accuracies of the task sets beside paired differences; and reliability diagrams."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dip_hf.evaluation.calibration_report import CalibrationBlock
 from dip_hf.evaluation.report import Block, Report
 
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, which stay apart in all common forms of colour blindness
 _COLOURS = ("#999999", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442")
@@ -28,26 +30,63 @@ def draw(report: Report, path: str | Path) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("the report's picture needs matplotlib: pip install 'dip_hf[eval]'") from error
-
     names = report.names
     # With three checkpoints there is one comparison beside those to the first, and it has a panel of its own
     panels = [1.6] + [1.0] * min(len(names) - 1, 2 if len(names) == 3 else 1)
     bars = len(names) * len(report.sets)
-    # A Figure of its own, not pyplot's: nothing global, and no display is looked for
     size = (3.6 * len(panels) + 0.2 * bars, max(4.6, 2.6 + 0.2 * bars))
-    figure = Figure(figsize=size, layout="constrained", dpi=150)
+    figure = _figure(size)
     axes = figure.subplots(1, len(panels), width_ratios=panels, squeeze=False)[0]
     _draw_accuracies(axes[0], report.sets, names)
     if len(panels) > 1:
         _draw_differences(axes[1], report.sets, names, 0)
     if len(panels) > 2:
         _draw_differences(axes[2], report.sets, names, 1)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(names), 8), frameon=False)
+    _save(figure, axes[0], path)
+
+
+def draw_calibration(report: Report, path: str | Path) -> None:
+    """Write reliability diagrams (arXiv 1706.04599) as PNG, one panel per task set.
+
+    Args:
+        report: the comparison, with calibration.
+        path: file to write.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    blocks = report.calibration
+    figure = _figure((max(5.5, 3.4 * len(blocks)), 4.4))
+    axes = figure.subplots(1, len(blocks), sharey=True, squeeze=False)[0]
+    for panel, block in zip(axes, blocks, strict=True):
+        panel.plot([0, 100], [0, 100], color="black", linewidth=0.8, linestyle=":")
+        for index, row in enumerate(block.rows):
+            bins, colour = row.bins, _COLOURS[index % len(_COLOURS)]
+            places = [100 * value for value in bins.confidence]
+            heights = [100 * value for value in bins.accuracy]
+            panel.plot(places, heights, color=colour, linewidth=1, label=row.checkpoint)
+            panel.scatter(places, heights, [120 * count / block.items + 4 for count in bins.count], color=colour)
+        panel.set_title(f"{_short(block)}, n = {block.items}")
+        panel.set_xlabel("confidence in %")
+        panel.set_xlim(-3, 103)
+        panel.set_ylim(-3, 103)
+        panel.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("accuracy in % (areas: share of items)")
+    _save(figure, axes[0], path)
+
+
+def _figure(size: tuple[float, float]) -> Figure:
+    """A figure of its own, not pyplot's: nothing global, and no display is looked for."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("the report's picture needs matplotlib: pip install 'dip_hf[eval]'") from error
+    return Figure(figsize=size, layout="constrained", dpi=150)
+
+
+def _save(figure: Figure, axes: Axes, path: str | Path) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 8), frameon=False)
     figure.savefig(path)
 
 
@@ -56,7 +95,7 @@ def _label(block: Block) -> str:
     return f"{_short(block)}{tasks}\nn = {block.items}"
 
 
-def _short(block: Block) -> str:
+def _short(block: Block | CalibrationBlock) -> str:
     return block.name.removeprefix("dip_reasoning_").replace("_", " ")
 
 

@@ -12,9 +12,17 @@ from typing import Any
 
 import numpy as np
 
+from dip_hf.evaluation.calibration_report import (
+    CALIBRATION_RESAMPLES,
+    CalibrationBlock,
+    calibration_footnote,
+    calibration_tables,
+    make_calibration,
+)
 from dip_hf.evaluation.environment import describe_environment
 from dip_hf.evaluation.results import CheckpointScores, EvaluationSettings, TaskScores
 from dip_hf.evaluation.statistics import PairedDifference, accuracy, paired_difference, standard_error
+from dip_hf.evaluation.tables import Table, markdown, plain
 
 
 RESAMPLES = 10_000
@@ -66,12 +74,14 @@ class Report:
         results: the scores.
         sets: one block per task set.
         tasks: one block per task.
+        calibration: one block per task set; none where it was not measured.
     """
 
     settings: EvaluationSettings
     results: tuple[CheckpointScores, ...]
     sets: tuple[Block, ...]
     tasks: tuple[Block, ...]
+    calibration: tuple[CalibrationBlock, ...]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -115,7 +125,12 @@ def make_report(settings: EvaluationSettings, results: Sequence[CheckpointScores
     tasks = [
         _block(task.task, [[result.tasks[index]] for result in results], results) for index, task in enumerate(first)
     ]
-    return Report(settings, tuple(results), tuple(sets), tuple(tasks))
+    return Report(
+        settings, tuple(results), tuple(sets), tuple(tasks), make_calibration(results, settings.in_distribution)
+    )
+
+
+_RIGHT = (1, 3, 4)  # columns of numbers
 
 
 def _block(name: str, tasks: Sequence[Sequence[TaskScores]], results: Sequence[CheckpointScores]) -> Block:
@@ -134,12 +149,9 @@ def _block(name: str, tasks: Sequence[Sequence[TaskScores]], results: Sequence[C
     return Block(name, metrics, len(tasks[0]), sum(map(len, strata[0])), tuple(rows))
 
 
-_Table = list[tuple[str, ...]]
-
-
-def _main_table(blocks: Iterable[Block]) -> _Table:
+def _main_table(blocks: Iterable[Block]) -> Table:
     """Header and rows: accuracies, and differences to the first checkpoint."""
-    table: _Table = [("tasks", "items", "checkpoint", "accuracy", "difference", "95% interval")]
+    table: Table = [("tasks", "items", "checkpoint", "accuracy", "difference", "95% interval")]
     for block in blocks:
         for index, row in enumerate(block.rows):
             error = "n/a" if math.isnan(row.standard_error) else f"{100 * row.standard_error:.1f}"
@@ -149,11 +161,11 @@ def _main_table(blocks: Iterable[Block]) -> _Table:
     return table
 
 
-def _other_table(blocks: Iterable[Block], names: Sequence[str]) -> _Table:
+def _other_table(blocks: Iterable[Block], names: Sequence[str]) -> Table:
     """Header and rows: differences among the checkpoints after the first. Empty with fewer than three."""
     if len(names) < 3:
         return []
-    table: _Table = [("tasks", "items", "comparison", "better / worse items", "difference", "95% interval")]
+    table: Table = [("tasks", "items", "comparison", "better / worse items", "difference", "95% interval")]
     for block in blocks:
         lead = (_title(block), str(block.items))
         for row in block.rows[2:]:
@@ -172,47 +184,28 @@ def _title(block: Block) -> str:
     return f"{block.name} ({block.tasks} tasks)" if block.tasks > 1 else block.name
 
 
-_RIGHT = (1, 3, 4)  # columns of numbers
-
-
-def _plain(table: _Table) -> str:
-    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
-    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-    texts: list[str] = []
-    for line in table:
-        if line[0] and texts:
-            texts.append(rule)
-        cells = [
-            cell.rjust(width) if column in _RIGHT else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        texts.append("  ".join(cells).rstrip())
-    return "\n".join(texts)
-
-
-def _markdown(table: _Table) -> str:
-    rule = "|".join("---:" if column in _RIGHT else "---" for column in range(len(table[0])))
-    lines = ["| " + " | ".join(line) + " |" for line in table]
-    return "\n".join([lines[0], f"|{rule}|", *lines[1:]])
-
-
 def to_text(report: Report) -> str:
     """The tables of task sets for a terminal."""
     tables = [_main_table(report.sets), _other_table(report.sets, report.names)]
-    return "\n\n".join([*(_plain(table) for table in tables if table), textwrap.fill(report.footnote, 100)])
+    parts = [*(plain(table, _RIGHT) for table in tables if table), textwrap.fill(report.footnote, 100)]
+    if report.calibration:
+        parts += [plain(table, right) for table, right in calibration_tables(report.calibration)]
+        parts.append(textwrap.fill(calibration_footnote(report.calibration), 100))
+    return "\n\n".join(parts)
 
 
-def to_markdown(report: Report, picture: str | None = None) -> str:
+def to_markdown(report: Report, picture: str | None = None, calibration_picture: str | None = None) -> str:
     """The tables of task sets and of single tasks, with what was run.
 
     Args:
         report: the comparison.
         picture: file name of the picture, to be shown.
+        calibration_picture: the same for the reliability diagrams.
     """
     settings, environment = report.settings, describe_environment(report.settings.device)
     checkpoints = "\n".join(
         f"| {result.checkpoint.name} | {result.kind} | `{result.checkpoint.path or settings.model}` "
-        f"| {result.trajectories or 'noise-free'} | {result.seconds:.0f} |"
+        f"| {result.prediction} | {result.seconds:.0f} |"
         for result in report.results
     )
     packages = ", ".join(f"{name} {number}" for name, number in environment["packages"].items())
@@ -221,13 +214,14 @@ def to_markdown(report: Report, picture: str | None = None) -> str:
     parts = [
         f"# Evaluation of {', '.join(report.names)}",
         f"![Accuracy and paired differences]({picture})" if picture else "",
-        _markdown(_main_table(report.sets)),
-        _markdown(others) if others else "",
+        markdown(_main_table(report.sets), _RIGHT),
+        markdown(others, _RIGHT) if others else "",
         report.footnote,
+        *_calibration_parts(report, calibration_picture),
         "## Checkpoints",
-        f"| name | kind | folder | trajectories | seconds |\n|---|---|---|---:|---:|\n{checkpoints}",
+        f"| name | kind | folder | prediction | seconds |\n|---|---|---|---|---:|\n{checkpoints}",
         "## Single tasks",
-        _markdown(_main_table(report.tasks)) if len(report.tasks) > len(report.sets) else "As above.",
+        markdown(_main_table(report.tasks), _RIGHT) if len(report.tasks) > len(report.sets) else "As above.",
         "## Settings",
         f"Base `{settings.model}`; {limit}; batch size {settings.batch_size}; noise seed {settings.noise_seed}; "
         f"{RESAMPLES} bootstrap resamples, seed {BOOTSTRAP_SEED}.",
@@ -236,18 +230,19 @@ def to_markdown(report: Report, picture: str | None = None) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def _calibration_parts(report: Report, picture: str | None) -> list[str]:
+    if not report.calibration:
+        return []
+    tables = [markdown(table, right) for table, right in calibration_tables(report.calibration)]
+    shown = f"![Reliability diagrams]({picture})" if picture else ""
+    return ["## Calibration", shown, *tables, calibration_footnote(report.calibration)]
+
+
 def to_json(report: Report) -> str:
     """Everything but the single items: settings, environment, and each block's counts, accuracies and differences."""
 
-    def block(value: Block) -> dict[str, Any]:
-        content = asdict(value)
-        for row in content["rows"]:
-            if math.isnan(row["standard_error"]):
-                row["standard_error"] = None  # JSON has no NaN
-        return content
-
     folder = report.settings.include_path
-    content = {
+    content: dict[str, Any] = {
         # A report travels; where the task files lay on this machine does not
         "settings": asdict(report.settings)
         | {"include_path": None if folder is None else os.path.relpath(folder)}
@@ -258,16 +253,32 @@ def to_json(report: Report) -> str:
                 "name": result.checkpoint.name,
                 "path": result.checkpoint.path,
                 "kind": result.kind,
-                "trajectories": result.trajectories,
+                "num_samples": result.num_samples,
+                "dropout": result.checkpoint.dropout,
+                "temperature": result.temperature,
                 "seconds": round(result.seconds, 1),
             }
             for result in report.results
         ],
         "reference": report.names[0],
-        "task_sets": [block(value) for value in report.sets],
+        "task_sets": [asdict(value) for value in report.sets],
         "tasks": [
-            block(value) | {"task_set": task.task_set}
+            asdict(value) | {"task_set": task.task_set}
             for value, task in zip(report.tasks, report.results[0].tasks, strict=True)
         ],
     }
-    return json.dumps(content, indent=2, allow_nan=False) + "\n"
+    if report.calibration:
+        content["calibration"] = {
+            "resamples": CALIBRATION_RESAMPLES,
+            "task_sets": [asdict(value) for value in report.calibration],
+        }
+    return json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n"
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN: null instead."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

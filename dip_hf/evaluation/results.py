@@ -18,8 +18,10 @@ class EvaluationSettings:
         families: fine-tuning families that the checkpoints were trained on; the others' tasks are left out. None: all.
         limit: the first so many items of each task; None: all of them.
         batch_size: prompts per forward pass.
-        trajectories: noise trajectories averaged for checkpoints that have noise; 0 is the noise-free pass.
-        noise_seed: seed of those trajectories.
+        num_samples: samples averaged over for checkpoints that have something to sample; 0 is the plain pass.
+        noise_seed: seed of those samples.
+        calibration: measure how well probabilities fit: one more pass over the answers of generation tasks.
+        in_distribution: the task set that the others are a shift from; None: the first.
         device: such as "cuda"; None: a GPU where there is one.
         dtype: such as "bfloat16"; "auto" is the checkpoint's own.
     """
@@ -30,8 +32,10 @@ class EvaluationSettings:
     families: tuple[str, ...] | None = None
     limit: int | None = None
     batch_size: int = 128
-    trajectories: int = 0
+    num_samples: int = 0
     noise_seed: int = 0
+    calibration: bool = False
+    in_distribution: str | None = None
     device: str | None = None
     dtype: str = "auto"
 
@@ -40,8 +44,10 @@ class EvaluationSettings:
             raise ValueError(f"limit={self.limit} must be at least 1 item per task; leave it out for all items")
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size} must be at least 1")
-        if self.trajectories < 0:
-            raise ValueError(f"trajectories={self.trajectories} must be 0 (noise-free) or the number to average over")
+        if self.num_samples < 0:
+            raise ValueError(f"num_samples={self.num_samples} must be 0 (a plain pass) or the number to average over")
+        if self.in_distribution is not None and not self.calibration:
+            raise ValueError(f"in_distribution={self.in_distribution!r} is used by calibration only: turn that on too")
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,10 @@ class TaskScores:
         metric: name of the score.
         scores: one per item, in the order of the items.
         items: lm-eval's hash of each item, by which checkpoints are paired.
+        confidences: per item the probability that the model gives its own answer: of the generated one with its end,
+            or of the chosen one among the choices. Empty without calibration.
+        nlls: per item -ln of the probability of the reference answer with its end, or of the right choices among the
+            choices, in nats. Empty without calibration.
     """
 
     task: str
@@ -61,6 +71,8 @@ class TaskScores:
     metric: str
     scores: tuple[float, ...]
     items: tuple[str, ...]
+    confidences: tuple[float, ...] = ()
+    nlls: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,13 +82,24 @@ class CheckpointScores:
     Attributes:
         checkpoint: which one.
         kind: "base", "model", or the adapter's PEFT type.
-        trajectories: as averaged for this one: 0 where it has no noise.
-        seconds: time spent on loading, generating and scoring.
+        num_samples: as averaged for this one: 0 for a plain pass.
+        seconds: time spent on loading, fitting, generating and scoring.
         tasks: in the order in which they were loaded.
+        temperature: fitted, where one was asked for; else None.
     """
 
     checkpoint: Checkpoint
     kind: str
-    trajectories: int
+    num_samples: int
     seconds: float
     tasks: tuple[TaskScores, ...]
+    temperature: float | None = None
+
+    @property
+    def prediction(self) -> str:
+        """How it predicts, in words."""
+        if len(self.checkpoint.folders) > 1:
+            return f"average of {len(self.checkpoint.folders)} adapters"
+        if self.num_samples > 0:
+            return f"{self.num_samples} {'dropout ' if self.checkpoint.dropout else ''}samples"
+        return "one pass" if self.temperature is None else f"temperature {self.temperature:.2f}"

@@ -12,17 +12,23 @@ import lm_eval.api.task
 import torch
 from lm_eval.evaluator import evaluate
 
+from dip_hf.evaluation.calibration_report import check_in_distribution
 from dip_hf.evaluation.checkpoints import Checkpoint, check_checkpoints
+from dip_hf.evaluation.likelihoods import check_output_types, check_validation, fit_to_validation, score_answers
 from dip_hf.evaluation.lm import DIPLM
 from dip_hf.evaluation.results import CheckpointScores, EvaluationSettings, TaskScores
-from dip_hf.evaluation.tasks import item_scores, keep_families, load_tasks, task_sets
+from dip_hf.evaluation.tasks import item_scores, keep_families, load_tasks, scored_samples, task_sets
+
+
+VALIDATION_ITEMS = 100
+"""Validation items per task that a temperature is fitted on (this project's choice)."""
 
 
 def prepare_tasks(settings: EvaluationSettings, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
     """Check everything that can be checked without loading a model, and load the tasks with their items.
 
     Args:
-        settings: tasks, limits, noise.
+        settings: tasks, limits, samples.
         checkpoints: at least one, with distinct names.
 
     Returns:
@@ -31,17 +37,21 @@ def prepare_tasks(settings: EvaluationSettings, checkpoints: Sequence[Checkpoint
     Raises:
         ValueError: bad settings, checkpoints or task names; names the field, the value and the remedy.
     """
-    check_checkpoints(checkpoints, settings.model)
-    kinds = [checkpoint.kind for checkpoint in checkpoints]
-    if settings.trajectories > 0 and "DIPNET" not in kinds:
+    check_checkpoints(checkpoints, settings.model, settings.num_samples)
+    tempered = [checkpoint.name for checkpoint in checkpoints if checkpoint.temperature]
+    if tempered and not settings.calibration:
         raise ValueError(
-            f"trajectories={settings.trajectories} needs a checkpoint with a DIPNet adapter, got {', '.join(kinds)}: "
-            "add one, or set trajectories=0"
+            f"checkpoints: {tempered[0]}: a temperature changes calibration alone; set calibration=True, or remove it"
         )
     with _quiet():
         loaded = load_tasks(settings.tasks, settings.include_path, settings.limit)
     if settings.families is not None:
         keep_families(loaded, settings.families)
+    if settings.calibration:
+        check_output_types(loaded["tasks"].values())
+        home = _in_distribution(settings, loaded)
+        if tempered:
+            check_validation(loaded["tasks"][name] for name in home)
     return loaded
 
 
@@ -68,28 +78,45 @@ def evaluate_checkpoints(
 
 def _evaluate_one(settings: EvaluationSettings, checkpoint: Checkpoint, tasks: dict[str, Any]) -> CheckpointScores:
     start = time.perf_counter()
-    kind = checkpoint.kind
-    trajectories = settings.trajectories if kind == "DIPNET" else 0
+    kind, num_samples = checkpoint.kind, checkpoint.num_samples(settings.num_samples)
+    temperature = None
     with _quiet():
         # The base is loaded anew for each: taking an adapter off again is exact for some kinds of adapter only
         model = DIPLM(
             pretrained=checkpoint.path if kind == "model" else settings.model,
             peft=checkpoint.path if checkpoint.is_adapter else None,
-            trajectories=trajectories,
+            num_samples=num_samples,
             noise_seed=settings.noise_seed,
+            dropout=checkpoint.dropout,
             batch_size=settings.batch_size,
             device=settings.device or ("cuda" if torch.cuda.is_available() else "cpu"),
             dtype=settings.dtype,
         )
+        if checkpoint.temperature:
+            home = _in_distribution(settings, tasks)
+            held_out = load_tasks(home, settings.include_path, limit=1, validation_items=VALIDATION_ITEMS)["tasks"]
+            temperature = fit_to_validation(model, [held_out[name] for name in home], VALIDATION_ITEMS)
         results = evaluate(lm=model, task_dict=tasks, limit=settings.limit, bootstrap_iters=0)
-    assert results is not None  # None is for ranks other than 0
+        assert results is not None  # None is for ranks other than 0
+        scores = [_task_scores(settings, model, tasks, *named) for named in results["samples"].items()]
+    return CheckpointScores(checkpoint, kind, num_samples, time.perf_counter() - start, tuple(scores), temperature)
+
+
+def _task_scores(
+    settings: EvaluationSettings, model: DIPLM, tasks: dict[str, Any], name: str, samples: list[dict[str, Any]]
+) -> TaskScores:
+    metric, values = item_scores(samples)
+    chosen, rows = scored_samples(samples)
+    confidences, nlls = score_answers(model, tasks["tasks"][name], rows, chosen) if settings.calibration else ((), ())
+    items = tuple(row["doc_hash"] for row in rows)
+    return TaskScores(name, task_sets(tasks)[name], metric, tuple(values), items, confidences, nlls)
+
+
+def _in_distribution(settings: EvaluationSettings, tasks: dict[str, Any]) -> list[str]:
+    """Names of the tasks in the set that the others are a shift from."""
     sets = task_sets(tasks)
-    scores = []
-    for task, samples in results["samples"].items():
-        metric, values = item_scores(samples)
-        hashes = {row["doc_id"]: row["doc_hash"] for row in samples}
-        scores.append(TaskScores(task, sets[task], metric, tuple(values), tuple(hashes[i] for i in sorted(hashes))))
-    return CheckpointScores(checkpoint, kind, trajectories, time.perf_counter() - start, tuple(scores))
+    home = check_in_distribution(settings.in_distribution, list(dict.fromkeys(sets.values())))
+    return [name for name in sets if sets[name] == home]
 
 
 @contextmanager

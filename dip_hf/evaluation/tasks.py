@@ -17,7 +17,10 @@ _PREFERRED_METRICS = ("math_verify",)
 
 
 def load_tasks(
-    names: Sequence[str], include_path: str | Path | None = None, limit: int | None = None
+    names: Sequence[str],
+    include_path: str | Path | None = None,
+    limit: int | None = None,
+    validation_items: int = 0,
 ) -> dict[str, Any]:
     """Load tasks and groups with their data.
 
@@ -25,6 +28,7 @@ def load_tasks(
         names: task or group names; patterns such as "dip_unseen_*" work.
         include_path: folder of task files besides lm-eval's own.
         limit: number of items that will be used of each task, so that no more need be generated; None: all.
+        validation_items: number of validation items to generate for each of this project's tasks.
 
     Returns:
         lm-eval's `TaskDict`: "tasks" by name, "groups" by name.
@@ -37,7 +41,8 @@ def load_tasks(
     if include_path is not None and not Path(include_path).is_dir():
         raise ValueError(f"include_path={str(include_path)!r} is no folder: give the folder that holds the task files")
     # lm-eval's own index takes some 20 seconds to read, so it is read only where something is not found in ours
-    metadata = {} if limit is None else {"items": limit}  # reaches a task's function that makes its data set
+    # Reaches a task's function that makes its data set
+    metadata = {"validation_items": validation_items} | ({} if limit is None else {"items": limit})
     manager = TaskManager(include_path=include_path, include_defaults=False, metadata=metadata)
     if any(missing for name in names for missing in _missing(name, manager)):
         manager = TaskManager(include_path=include_path, metadata=metadata)
@@ -103,6 +108,14 @@ def task_sets(loaded: dict[str, Any]) -> dict[str, str]:
     return {name: parents.get(name, name) for name in loaded["tasks"]}
 
 
+def scored_samples(samples: Sequence[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
+    """Return the name of the score that counts and one logged sample per item, in order; see `item_scores`."""
+    metrics = samples[0]["metrics"]
+    metric = next((name for name in _PREFERRED_METRICS if name in metrics), metrics[0])
+    chosen = samples[-1]["filter"]
+    return metric, sorted((row for row in samples if row["filter"] == chosen), key=lambda row: row["doc_id"])
+
+
 def item_scores(samples: Sequence[dict[str, Any]]) -> tuple[str, list[float]]:
     """Return the name of a task's score and its value per item, in the order of the items.
 
@@ -113,10 +126,8 @@ def item_scores(samples: Sequence[dict[str, Any]]) -> tuple[str, list[float]]:
     Raises:
         ValueError: the score is not a number per item.
     """
-    metrics = samples[0]["metrics"]
-    metric = next((name for name in _PREFERRED_METRICS if name in metrics), metrics[0])
-    chosen = samples[-1]["filter"]
-    rows = sorted((row for row in samples if row["filter"] == chosen), key=lambda row: row["doc_id"])
+    metric, rows = scored_samples(samples)
+    chosen = rows[0]["filter"]
     scores = [row[metric] for row in rows]
     if not all(isinstance(score, (int, float)) for score in scores):
         raise ValueError(f"the score {metric!r} is not a number per item, so that it has no mean over items")

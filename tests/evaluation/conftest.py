@@ -46,10 +46,10 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def _save_adapter(base_folder: str, config: peft.LoraConfig, folder: Path) -> str:
-    torch.manual_seed(1)
+def _save_adapter(base_folder: str, config: peft.LoraConfig, folder: Path, seed: int = 1) -> str:
+    torch.manual_seed(seed)
     model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base_folder), config)
-    if isinstance(config, DIPNetConfig):
+    if isinstance(config, DIPNetConfig) and config.projected:
         with torch.no_grad(), model.base_model.sampling(NoiseKey(0)):  # measures the scale of the blocks' inputs
             model(torch.arange(20).view(2, 10))
     model.save_pretrained(folder)
@@ -68,3 +68,44 @@ def dipnet_folder(base_folder: str, tmp_path_factory: pytest.TempPathFactory) ->
     """Folder of a DIPNet adapter with random weights, and noise at the last block only."""
     config = DIPNetConfig(r=2, target_modules="all-linear", init_lora_weights=False, noise_blocks=1, noise_scale=0.5)
     return _save_adapter(base_folder, config, tmp_path_factory.mktemp("dipnet"))
+
+
+@pytest.fixture(scope="session")
+def other_lora_folder(base_folder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of another LoRA adapter, of another rank."""
+    config = peft.LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False)
+    return _save_adapter(base_folder, config, tmp_path_factory.mktemp("other_lora"), seed=2)
+
+
+@pytest.fixture(scope="session")
+def dropout_folder(base_folder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a LoRA adapter trained with dropout."""
+    config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, lora_dropout=0.3)
+    return _save_adapter(base_folder, config, tmp_path_factory.mktemp("dropout"))
+
+
+@pytest.fixture(scope="session")
+def posterior_folder(base_folder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of an adapter with a posterior in the last block, and no noise."""
+    config = DIPNetConfig(
+        r=2,
+        target_modules="all-linear",
+        init_lora_weights=False,
+        noise_blocks=[],
+        variational_rank=2,
+        variational_scale=3.0,
+        variational_blocks=1,
+    )
+    return _save_adapter(base_folder, config, tmp_path_factory.mktemp("posterior"))
+
+
+@pytest.fixture(scope="session")
+def monteclora_folder(base_folder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of PEFT's MonteCLoRA."""
+    config = peft.LoraConfig(
+        r=2,
+        target_modules="all-linear",
+        init_lora_weights=False,
+        monteclora_config=peft.MontecloraConfig(buffer_size=2),
+    )
+    return _save_adapter(base_folder, config, tmp_path_factory.mktemp("monteclora"))

@@ -15,10 +15,83 @@ def test_a_name_alone_is_the_base_and_a_folder_may_hold_an_equals_sign() -> None
     assert Checkpoint.parse("lora=runs/lr=2e-4") == Checkpoint("lora", "runs/lr=2e-4")
 
 
-@pytest.mark.parametrize("text", ["", "=runs/lora", "lora="])
+def test_how_a_checkpoint_predicts_stands_behind_its_folder() -> None:
+    assert Checkpoint.parse("a=x,samples=10") == Checkpoint("a", "x", samples=10)
+    assert Checkpoint.parse("a=x,dropout,samples=3") == Checkpoint("a", "x", samples=3, dropout=True)
+    assert Checkpoint.parse("base,temperature") == Checkpoint("base", temperature=True)
+    assert Checkpoint.parse("a=x+y+z").folders == ("x", "y", "z")
+    assert Checkpoint("base").folders == ()
+
+
+@pytest.mark.parametrize("text", ["", "=runs/lora", "lora=", "lora=a+", "lora=+a", ",dropout"])
 def test_half_a_checkpoint_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="must be a name alone"):
+    with pytest.raises(ValueError, match="must be `name`"):
         Checkpoint.parse(text)
+
+
+@pytest.mark.parametrize("option", ["samples", "samples=", "samples=-1", "samples=1.5", "droput", "dropout=0.1", ""])
+def test_an_option_that_is_none_is_refused(option: str) -> None:
+    with pytest.raises(ValueError, match=f"'{option}' is no option; spell a checkpoint `name`"):
+        Checkpoint.parse(f"lora=folder,{option}")
+
+
+def test_an_option_given_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match="gives 'samples' twice"):
+        Checkpoint.parse("a=x,samples=1,samples=2")
+
+
+def test_samples_are_those_of_the_evaluation_where_there_is_something_to_sample(
+    dipnet_folder: str, lora_folder: str
+) -> None:
+    assert Checkpoint("a", dipnet_folder).num_samples(5) == 5
+    assert Checkpoint("a", dipnet_folder, samples=0).num_samples(5) == 0
+    assert Checkpoint("a", lora_folder).num_samples(5) == Checkpoint("base").num_samples(5) == 0
+    assert Checkpoint("a", lora_folder, dropout=True).num_samples(5) == 5
+
+
+def test_every_way_to_predict_passes(
+    base_folder: str, lora_folder: str, other_lora_folder: str, dropout_folder: str, posterior_folder: str
+) -> None:
+    spelled = [
+        f"ensemble={lora_folder}+{other_lora_folder}",
+        f"dropout={dropout_folder},dropout",
+        f"mean={posterior_folder},samples=0",
+        f"ibvi={posterior_folder},samples=10",
+        f"temperature={lora_folder},temperature",
+    ]
+    check_checkpoints([Checkpoint.parse(text) for text in spelled], base_folder, num_samples=3)
+
+
+@pytest.mark.parametrize(
+    ("spelled", "num_samples", "message"),
+    [
+        ("a={lora}+{dipnet}", 0, "an ensemble is made of LoRA adapters .* is DIPNET"),
+        ("a={lora}+{base}", 0, "an ensemble is made of LoRA adapters .* is whole model"),
+        ("a={lora}+nowhere", 0, "a='nowhere' does not exist"),
+        ("a={lora}+{lora},temperature", 0, "cannot be combined"),
+        ("a={dipnet},samples=2,temperature", 0, "cannot be combined"),
+        ("a={dropout},dropout", 0, "dropout needs a number of samples"),
+        ("a={lora},dropout,samples=2", 0, "dropout needs a LoRA adapter .* got LORA with lora_dropout=0.0"),
+        ("a={dipnet},dropout,samples=2", 0, "dropout needs a LoRA adapter .* got DIPNET"),
+        ("base,dropout,samples=2", 0, "dropout needs a LoRA adapter .* got base with lora_dropout=none"),
+        ("a={lora},samples=2", 0, "samples=2 needs a DIPNet adapter, got LORA"),
+        ("base,samples=2", 0, "samples=2 needs a DIPNet adapter, got base"),
+        ("a={lora}", 4, "num_samples=4 needs a checkpoint with a DIPNet adapter or `,dropout`, got LORA"),
+        ("a={dipnet},samples=2", 4, "num_samples=4 needs"),
+    ],
+)
+def test_a_prediction_that_cannot_be_made_is_refused(
+    spelled: str,
+    num_samples: int,
+    message: str,
+    base_folder: str,
+    lora_folder: str,
+    dropout_folder: str,
+    dipnet_folder: str,
+) -> None:
+    folders = {"base": base_folder, "lora": lora_folder, "dropout": dropout_folder, "dipnet": dipnet_folder}
+    with pytest.raises(ValueError, match=message):
+        check_checkpoints([Checkpoint.parse(spelled.format(**folders))], base_folder, num_samples)
 
 
 def test_kinds(base_folder: str, lora_folder: str, dipnet_folder: str) -> None:

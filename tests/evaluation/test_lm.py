@@ -1,4 +1,4 @@
-"""The lm-eval model "hf-dip": stock results without trajectories, the average of a plain loop with them."""
+"""The lm-eval model "hf-dip": stock results without samples, the average of a plain loop with them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from dip_hf import NoiseKey
-from dip_hf.evaluation.lm import DIPLM, average_log_probabilities
+from dip_hf.evaluation.lm import DIPLM
+from dip_hf.evaluation.sampling import average_log_probabilities
 
 
 PROMPTS = ["Compute: 7 + 9\nAnswer:", "Spell backward: dipolar\nAnswer:", "Compute: 1 + 1\nAnswer:"]
@@ -52,7 +53,7 @@ def test_without_trajectories_it_is_the_stock_model(
 
 
 def test_a_call_averages_what_a_loop_over_trajectories_gives(base_folder: str, dipnet_folder: str) -> None:
-    model = load(DIPLM, base_folder, dipnet_folder, trajectories=3, noise_seed=5)
+    model = load(DIPLM, base_folder, dipnet_folder, num_samples=3, noise_seed=5)
     tokens = torch.randint(0, 200, (2, 9))
     averaged = model._model_call(tokens)
     with torch.no_grad(), model.model.base_model.sampling(NoiseKey(5, step=1), trajectories=3):
@@ -65,7 +66,7 @@ def test_a_call_averages_what_a_loop_over_trajectories_gives(base_folder: str, d
 
 
 def test_likelihoods_follow_the_average(base_folder: str, dipnet_folder: str) -> None:
-    model = load(DIPLM, base_folder, dipnet_folder, trajectories=2)
+    model = load(DIPLM, base_folder, dipnet_folder, num_samples=2)
     [(value, _)] = model.loglikelihood(requests("loglikelihood", (PROMPTS[0], " 1")), disable_tqdm=True)
     tokens = torch.tensor([model.tok_encode(PROMPTS[0] + " 1")])
     with torch.no_grad(), model.model.base_model.sampling(NoiseKey(0, step=1), trajectories=2):
@@ -74,48 +75,73 @@ def test_likelihoods_follow_the_average(base_folder: str, dipnet_folder: str) ->
     assert math.isclose(value, expected.item(), rel_tol=1e-4)
 
 
-def test_generation_is_a_plain_loop_of_averaged_greedy_choices(base_folder: str, dipnet_folder: str) -> None:
-    model = load(DIPLM, base_folder, dipnet_folder, trajectories=3, noise_seed=2)
+@pytest.mark.parametrize("adapter", ["dipnet_folder", "posterior_folder"])
+def test_generation_is_a_plain_loop_of_averaged_greedy_choices(
+    base_folder: str, adapter: str, request: pytest.FixtureRequest
+) -> None:
+    """Each sample's rows run through the whole model in the loop, with a cache of its own."""
+    model = load(DIPLM, base_folder, request.getfixturevalue(adapter), num_samples=3, noise_seed=2)
     prompts = torch.tensor([model.tok_encode("Compute: 7 + 9"), model.tok_encode("Compute: 3 - 1")])
     generated = model._model_generate(prompts, prompts.shape[1] + 6, stop=["\n"], do_sample=False)
     chosen = []
     with torch.no_grad():
-        inputs, cache = prompts.repeat(3, 1), None
+        inputs, caches = prompts, [None] * 3
         for token in range(6):
-            with model.model.base_model.sampling(NoiseKey(2, step=1, micro_step=token)):
-                output = model.model(inputs, past_key_values=cache, use_cache=True)
-            probabilities = sum(part.softmax(-1) for part in output.logits[:, -1].chunk(3)) / 3
+            probabilities = 0
+            for sample in range(3):
+                key = NoiseKey(2, step=1, micro_step=token)
+                with model.model.base_model.sampling(key, trajectories=3, posterior_key=NoiseKey(2)):
+                    output = model.model(inputs, past_key_values=caches[sample], use_cache=True)
+                caches[sample] = output.past_key_values
+                probabilities = probabilities + output.logits[:, -1].chunk(3)[sample].softmax(-1) / 3
             chosen.append(probabilities.argmax(-1))
-            inputs, cache = chosen[-1].repeat(3)[:, None], output.past_key_values
+            inputs = chosen[-1][:, None]
     assert generated[:, prompts.shape[1] :].tolist() == torch.stack(chosen, 1).tolist()
 
 
+def test_a_generation_keeps_its_posterior_sample_and_matches_whole_passes(
+    base_folder: str, posterior_folder: str
+) -> None:
+    """Without a cache: the whole text so far goes through the likelihood pass, for every token."""
+    model = load(DIPLM, base_folder, posterior_folder, num_samples=3)
+    prompts = torch.tensor([model.tok_encode("Compute: 7 + 9"), model.tok_encode("Compute: 3 - 1")])
+    generated = model._model_generate(prompts, prompts.shape[1] + 6, stop=["\n"], do_sample=False)
+    text = prompts
+    for _ in range(6):
+        text = torch.cat([text, model._model_call(text)[:, -1].argmax(-1, keepdim=True)], dim=1)
+    assert generated.tolist() == text.tolist()
+    mean = load(DIPLM, base_folder, posterior_folder)
+    assert not torch.allclose(model._model_call(prompts), mean._model_call(prompts).log_softmax(-1), atol=1e-3)
+
+
 def test_generation_draws_new_noise_for_every_token(base_folder: str, dipnet_folder: str) -> None:
-    model = load(DIPLM, base_folder, dipnet_folder, trajectories=2)
-    keys = []
+    model = load(DIPLM, base_folder, dipnet_folder, num_samples=2)
+    keys, posterior_keys = [], []
     original = model.model.base_model.sampling
 
-    def recording(key: NoiseKey, trajectories: int = 1):
+    def recording(key: NoiseKey, trajectories: int, posterior_key: NoiseKey):
         keys.append(key)
-        return original(key, trajectories=trajectories)
+        posterior_keys.append(posterior_key)
+        return original(key, trajectories=trajectories, posterior_key=posterior_key)
 
     model.model.base_model.sampling = recording
     context = torch.tensor([model.tok_encode(PROMPTS[0])])
     model._model_generate(context, context.shape[1] + 4, stop=["\n"], do_sample=False)
     assert len(keys) >= 4
     assert len(set(keys)) == len(keys)
+    assert set(posterior_keys) == {NoiseKey(0)}
 
 
 def test_generation_repeats_itself_and_the_seed_matters(base_folder: str, dipnet_folder: str) -> None:
     first, again, other = (
-        generate(load(DIPLM, base_folder, dipnet_folder, trajectories=2, noise_seed=seed)) for seed in (0, 0, 1)
+        generate(load(DIPLM, base_folder, dipnet_folder, num_samples=2, noise_seed=seed)) for seed in (0, 0, 1)
     )
     assert first == again
     assert first != other
 
 
 def test_generation_leaves_the_noise_off_behind_it(base_folder: str, dipnet_folder: str) -> None:
-    model = load(DIPLM, base_folder, dipnet_folder, trajectories=2)
+    model = load(DIPLM, base_folder, dipnet_folder, num_samples=2)
     tokens = torch.randint(0, 200, (1, 6))
     before = model.model(tokens).logits
     generate(model)
@@ -123,20 +149,36 @@ def test_generation_leaves_the_noise_off_behind_it(base_folder: str, dipnet_fold
 
 
 def test_sampling_tokens_from_an_average_is_refused(base_folder: str, dipnet_folder: str) -> None:
-    model = load(DIPLM, base_folder, dipnet_folder, trajectories=2)
-    with pytest.raises(ValueError, match=r"trajectories=2 generates greedily.*do_sample"):
+    model = load(DIPLM, base_folder, dipnet_folder, num_samples=2)
+    with pytest.raises(ValueError, match=r"num_samples=2, .* generate greedily.*do_sample"):
         model._model_generate(torch.ones(1, 3, dtype=torch.long), 5, stop=["\n"], do_sample=True, temperature=1.0)
 
 
-def test_negative_trajectories_are_refused(base_folder: str) -> None:
-    with pytest.raises(ValueError, match="trajectories=-1 must be 0"):
-        load(DIPLM, base_folder, None, trajectories=-1)
+def test_likelihoods_at_a_temperature_and_generation_without(base_folder: str, lora_folder: str) -> None:
+    plain, warm = load(DIPLM, base_folder, lora_folder), load(DIPLM, base_folder, lora_folder, temperature=2.0)
+    tokens = torch.randint(0, 200, (2, 9))
+    torch.testing.assert_close(warm._model_call(tokens), plain._model_call(tokens) / 2, rtol=0, atol=0)
+    assert generate(warm) == generate(plain)
+    with pytest.raises(ValueError, match=r"temperature=2.0 generate greedily.*do_sample"):
+        warm._model_generate(tokens, 12, stop=["\n"], do_sample=True)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_samples": -1}, "num_samples=-1 must be 0"),
+        ({"temperature": 0.0}, "temperature=0.0 must be positive"),
+        ({"temperature": float("nan")}, "temperature=nan must be positive"),
+        ({"num_samples": 2, "temperature": 2.0}, "cannot be combined"),
+        ({"dropout": True}, "dropout=True with num_samples=0: give the number"),
+        ({"dropout": True, "num_samples": 2}, "needs a LoRA adapter trained with lora_dropout > 0"),
+        ({"num_samples": 2}, r"num_samples=2 needs a model with a DIPNet adapter.*num_samples=0"),
+    ],
+)
 @pytest.mark.parametrize("adapter", ["lora_folder", None])
-def test_trajectories_without_noise_are_refused(
-    base_folder: str, adapter: str | None, request: pytest.FixtureRequest
+def test_bad_input_is_refused(
+    base_folder: str, adapter: str | None, options: dict, message: str, request: pytest.FixtureRequest
 ) -> None:
     folder = request.getfixturevalue(adapter) if adapter else None
-    with pytest.raises(ValueError, match=r"trajectories=2 needs a model with a DIPNet adapter.*trajectories=0"):
-        load(DIPLM, base_folder, folder, trajectories=2)
+    with pytest.raises(ValueError, match=message):
+        load(DIPLM, base_folder, folder, **options)

@@ -24,7 +24,7 @@ def scores(name: str, first: str, second: str, third: str, items: tuple[str, ...
     return CheckpointScores(
         Checkpoint(name, None if name == "base" else f"runs/{name}"),
         kind="base" if name == "base" else "LORA",
-        trajectories=0,
+        num_samples=0,
         seconds=1.25,
         tasks=tuple(
             TaskScores(task, group, "exact_match", tuple(map(float, digits)), items) for task, group, digits in tasks
@@ -62,7 +62,7 @@ def test_the_markdown_tables_are_whole() -> None:
     widths = {line.count("|") for line in markdown.splitlines() if line.startswith("| ") and "±" in line}
     assert widths == {7}
     assert "![Accuracy and paired differences](report.png)" in markdown
-    assert "| lora | LORA | `runs/lora` | noise-free | 1 |" in markdown
+    assert "| lora | LORA | `runs/lora` | one pass | 1 |" in markdown
 
 
 def test_the_json_holds_settings_counts_and_no_single_item() -> None:
@@ -73,7 +73,9 @@ def test_the_json_holds_settings_counts_and_no_single_item() -> None:
         "name": "lora",
         "path": "runs/lora",
         "kind": "LORA",
-        "trajectories": 0,
+        "num_samples": 0,
+        "dropout": False,
+        "temperature": None,
         "seconds": 1.2,
     }
     assert content["environment"]["packages"]["torch"]

@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 
 from dip_hf.evaluation.checkpoints import Checkpoint
+from dip_hf.evaluation.report import make_report
 from dip_hf.evaluation.results import CheckpointScores, EvaluationSettings
 from dip_hf.evaluation.run import evaluate_checkpoints, prepare_tasks
 
@@ -44,9 +45,9 @@ def test_checkpoints_are_scored_on_the_same_items(
     base_folder: str, lora_folder: str, dipnet_folder: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     checkpoints = [Checkpoint("base"), Checkpoint("lora", lora_folder), Checkpoint("dipnet", dipnet_folder)]
-    results = evaluate(settings_for(base_folder, trajectories=2), checkpoints)
+    results = evaluate(settings_for(base_folder, num_samples=2), checkpoints)
     assert [result.kind for result in results] == ["base", "LORA", "DIPNET"]
-    assert [result.trajectories for result in results] == [0, 0, 2]
+    assert [result.num_samples for result in results] == [0, 0, 2]
     for result in results:
         assert [task.task for task in result.tasks] == list(TASKS)
         assert [task.items for task in result.tasks] == [task.items for task in results[0].tasks]
@@ -54,6 +55,41 @@ def test_checkpoints_are_scored_on_the_same_items(
     output = capfd.readouterr()
     assert "[2/3] lora: LORA" in output.out
     assert "Running generate_until requests" in output.err
+
+
+def test_every_way_to_predict_is_calibrated_in_one_run(
+    base_folder: str, lora_folder: str, other_lora_folder: str, dropout_folder: str, posterior_folder: str
+) -> None:
+    spelled = [
+        f"lora={lora_folder}",
+        f"temperature={lora_folder},temperature",
+        f"dropout={dropout_folder},dropout,samples=2",
+        f"ensemble={lora_folder}+{other_lora_folder}",
+        f"mean={posterior_folder}",
+        f"ibvi={posterior_folder},samples=2",
+    ]
+    settings = settings_for(base_folder, limit=2, calibration=True, in_distribution=TASKS[1])
+    results = evaluate(settings, [Checkpoint.parse(text) for text in spelled])
+    assert [result.num_samples for result in results] == [0, 0, 2, 0, 0, 2]
+    lora, tempered, *_, mean, ibvi = results
+    assert lora.temperature is None and tempered.temperature not in (None, 1.0)
+    for result in results:
+        for task in result.tasks:
+            assert len(task.confidences) == len(task.nlls) == len(task.scores) == 2
+            assert all(0 <= value <= 1 for value in task.confidences) and all(value > 0 for value in task.nlls)
+    assert [task.scores for task in lora.tasks] == [task.scores for task in tempered.tasks]
+    for one, other in ((lora, tempered), (mean, ibvi)):
+        assert [task.nlls for task in one.tasks] != [task.nlls for task in other.tasks]
+    blocks = make_report(settings, results).calibration
+    assert [block.name for block in blocks] == list(TASKS)
+    assert "shift_auroc" in blocks[0].rows[0].measures and "shift_auroc" not in blocks[1].rows[0].measures
+
+
+def test_without_calibration_there_are_no_confidences(base_folder: str) -> None:
+    settings = settings_for(base_folder, limit=1, tasks=TASKS[:1])
+    results = evaluate(settings, [Checkpoint("base")])
+    assert results[0].tasks[0].confidences == results[0].tasks[0].nlls == ()
+    assert make_report(settings, results).calibration == ()
 
 
 def test_the_recipe_prints_the_table_and_writes_the_report(
@@ -76,8 +112,11 @@ def test_the_recipe_prints_the_table_and_writes_the_report(
     [
         (["--limit", "0"], "limit=0 must be at least 1"),
         (["--batch_size", "0"], "batch_size=0 must be at least 1"),
-        (["--trajectories", "-1"], "trajectories=-1 must be 0"),
-        (["--trajectories", "4"], "trajectories=4 needs a checkpoint with a DIPNet adapter, got base"),
+        (["--num_samples", "-1"], "num_samples=-1 must be 0"),
+        (["--num_samples", "4"], "num_samples=4 needs a checkpoint with a DIPNet adapter or `,dropout`, got base"),
+        (["--checkpoints", "base,temperature"], "base: a temperature changes calibration alone"),
+        (["--in_distribution", "dip_reasoning_unseen"], "is used by calibration only"),
+        (["--calibration", "true", "--in_distribution", "x"], "in_distribution='x' is none of the task sets dip_un"),
         (["--checkpoints", "lora=nowhere"], "checkpoints: lora='nowhere' does not exist"),
         (["--checkpoints", "a", "a"], "'a' is given twice"),
         (["--include_path", "nowhere"], "include_path='nowhere' is no folder"),
@@ -118,7 +157,7 @@ cli_evaluate()
 
 def test_the_stock_command_runs_hf_dip(base_folder: str, dipnet_folder: str, tmp_path: Path) -> None:
     """With evals/register.yaml the stock command knows the model and the adapter; nothing else imports dip_hf."""
-    arguments = f"pretrained={base_folder},peft={dipnet_folder},trajectories=2"
+    arguments = f"pretrained={base_folder},peft={dipnet_folder},num_samples=2"
     command = [sys.executable, "-c", COMMAND, str(tmp_path), "--model", "hf-dip", "--model_args", arguments]
     command += ["--include_path", "evals", "--tasks", "evals/register.yaml,dip_unseen_products"]
     command += ["--limit", "2", "--batch_size", "2", "--device", "cpu"]

@@ -1,0 +1,167 @@
+"""The predictions averaged into one: noise or posterior samples, dropout samples, or an ensemble's members."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from dip_hf.dipnet import DIPNetModel
+from dip_hf.noise import NoiseKey, derive_seed
+from dip_hf.peft_compat import LoraLayer
+
+
+def average_log_probabilities(logits: Tensor, num_samples: int) -> Tensor:
+    """Log of the mean over samples of the next-token probabilities: logsumexp_j log_softmax(logits_j) - ln k.
+
+    Args:
+        logits: shape (k · batch, ..., vocabulary), sample-major: row j · batch + b is sample j of row b.
+        num_samples: k ≥ 1.
+
+    Returns:
+        Normalised log-probabilities in fp32, shape (batch, ..., vocabulary).
+    """
+    # One sample at a time: a large vocabulary's log-probabilities in fp32 are not to exist k times at once
+    first, *others = logits.chunk(num_samples)
+    total = first.log_softmax(dim=-1, dtype=torch.float32)
+    for sample in others:
+        total = torch.logaddexp(total, sample.log_softmax(dim=-1, dtype=torch.float32))
+    return total - math.log(num_samples)
+
+
+class Sampler(ABC):
+    """Makes a forward pass yield k predictions per row of a batch.
+
+    Attributes:
+        num_samples: k.
+        copies: how often the input rows must be repeated, sample-major; 1 where the model repeats them itself.
+    """
+
+    num_samples: int
+    copies: int
+
+    @abstractmethod
+    def sampling(self, key: NoiseKey) -> AbstractContextManager[Any]:
+        """A context in which forward passes are sampled under `key`."""
+
+    def arguments(self, batch: int) -> dict[str, Any]:
+        """What the model's forward pass and `generate` are to be given besides `batch` rows, repeated."""
+        return {}
+
+
+class NoiseSampler(Sampler):
+    """Samples of a DIPNet adapter's noise and of its posterior, folded into the batch from the first random block on.
+
+    The posterior's k samples are the same in every pass, so that likelihoods, generations and their tokens come from
+    the same k models; the noise is new under every key.
+
+    Args:
+        model: with an active DIPNet adapter.
+        num_samples: k ≥ 1.
+        seed: of the posterior's samples.
+
+    Raises:
+        ValueError: the model has no such adapter, or one with neither noise nor a posterior.
+    """
+
+    copies = 1
+
+    def __init__(self, model: nn.Module, num_samples: int, seed: int) -> None:
+        tuner = getattr(model, "base_model", None)  # of a plain model too: its decoder
+        if not isinstance(tuner, DIPNetModel):
+            raise ValueError(
+                f"num_samples={num_samples} needs a model with a DIPNet adapter, and "
+                f"{type(tuner if tuner is not None else model).__name__} has neither noise nor a posterior: give "
+                "peft=ADAPTER with a DIPNet adapter, dropout=True for a LoRA adapter's dropout, or num_samples=0"
+            )
+        self._tuner = tuner
+        self.num_samples = num_samples
+        self._posterior_key = NoiseKey(seed)
+        with self.sampling(NoiseKey(seed)):  # refuses an adapter without anything random
+            pass
+
+    def sampling(self, key: NoiseKey) -> AbstractContextManager[Any]:
+        """The tuner's own context."""
+        return self._tuner.sampling(key, trajectories=self.num_samples, posterior_key=self._posterior_key)
+
+
+class DropoutSampler(Sampler):
+    """LoRA with its dropout on (MC dropout, arXiv 1506.02142): every copy of a row has masks of its own.
+
+    torch's dropout can draw from the global generators only, so they are forked and seeded for each pass, and left as
+    they were.
+
+    Args:
+        model: with LoRA layers that have dropout.
+        num_samples: k ≥ 1.
+
+    Raises:
+        ValueError: `num_samples` < 1, or no LoRA layer has dropout.
+    """
+
+    def __init__(self, model: nn.Module, num_samples: int) -> None:
+        if num_samples < 1:
+            raise ValueError(f"dropout=True with num_samples={num_samples}: give the number of samples, at least 1")
+        self._dropouts = [
+            dropout
+            for layer in model.modules()
+            if isinstance(layer, LoraLayer)
+            for dropout in layer.lora_dropout.values()
+            if isinstance(dropout, nn.Dropout)
+        ]
+        if not self._dropouts:
+            raise ValueError(
+                f"dropout=True needs a LoRA adapter trained with lora_dropout > 0, and {type(model).__name__} has no "
+                "such layer: give one, or leave dropout out"
+            )
+        self._device = next(model.parameters()).device
+        self.num_samples = self.copies = num_samples
+
+    @contextmanager
+    def sampling(self, key: NoiseKey) -> Iterator[None]:
+        """The masks are a function of `key`, the shapes and the device's kind."""
+        seed = derive_seed(key.tensor(), 0, 0)
+        on_gpu = self._device.type == "cuda"
+        with torch.random.fork_rng([self._device] if on_gpu else []):
+            torch.default_generator.manual_seed(seed)
+            if on_gpu:
+                with torch.cuda.device(self._device):
+                    torch.cuda.manual_seed(seed)
+            for dropout in self._dropouts:
+                dropout.train()
+            try:
+                yield
+            finally:
+                for dropout in self._dropouts:
+                    dropout.eval()
+
+
+class Ensemble(Sampler):
+    """Several LoRA adapters on one base, one per copy of the batch (PEFT's mixed batches).
+
+    Args:
+        model: with the first member loaded.
+        folders: of the other members, at least one.
+    """
+
+    def __init__(self, model: PeftModel, folders: Sequence[str]) -> None:
+        self._names = [model.active_adapter]
+        for index, folder in enumerate(folders, start=1):
+            self._names.append(f"member_{index}")
+            model.load_adapter(folder, adapter_name=self._names[-1], torch_device=str(model.device))
+        model.eval()
+        self.num_samples = self.copies = len(self._names)
+
+    def sampling(self, key: NoiseKey) -> AbstractContextManager[Any]:
+        """Members are not random."""
+        return nullcontext()
+
+    def arguments(self, batch: int) -> dict[str, Any]:
+        """Which adapter each of the k · batch rows is for."""
+        return {"adapter_names": [name for name in self._names for _ in range(batch)]}

@@ -1,0 +1,128 @@
+"""Probabilities of answers and of choices, and a temperature fitted on them."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from dip_hf.evaluation.calibration import TEMPERATURES
+from dip_hf.evaluation.likelihoods import (
+    check_output_types,
+    check_validation,
+    choice_scores,
+    fit_to_validation,
+    score_answers,
+)
+from dip_hf.evaluation.lm import DIPLM
+from dip_hf.evaluation.tasks import load_tasks
+
+
+PROMPTS = ["Compute: 7 + 9\nAnswer:", "Spell backward: dipolar\nAnswer:", "Compute: 1 + 1\nAnswer:"]
+
+
+def load(base: str, adapter: str | None, **options: object) -> DIPLM:
+    return DIPLM(pretrained=base, peft=adapter, device="cpu", batch_size=4, **options)
+
+
+def plain_probability(model: DIPLM, prompt: str, answer: str, ends: list[str]) -> float:
+    """The chain rule, token by token, one pass for each."""
+    text = model.tok_encode(prompt)
+    total = 1.0
+    for token in model.tok_encode(answer) if answer else []:
+        total *= model._model_call(torch.tensor([text])).softmax(-1)[0, -1, token].item()
+        text.append(token)
+    last = model._model_call(torch.tensor([text])).softmax(-1)[0, -1]
+    stops = {model.tok_encode(end)[0] for end in ends} | {model.eot_token_id}
+    return total * sum(last[stop].item() for stop in stops)
+
+
+@pytest.mark.parametrize(("adapter", "samples"), [("lora_folder", 0), ("posterior_folder", 3)])
+def test_an_answer_ends_with_the_end_token_or_a_stop_sequence(
+    base_folder: str, adapter: str, samples: int, request: pytest.FixtureRequest
+) -> None:
+    model = load(base_folder, request.getfixturevalue(adapter), num_samples=samples)
+    answers = [(PROMPTS[0], " 16", ("\n",)), (PROMPTS[1], "", ("\n",)), (PROMPTS[2], " 2", ())]
+    logs = model.answer_log_probabilities([*answers, answers[0]], disable_tqdm=True)
+    for log, (prompt, answer, until) in zip(logs, [*answers, answers[0]], strict=True):
+        assert math.isclose(log, math.log(plain_probability(model, prompt, answer, list(until))), rel_tol=1e-3)
+    assert model.answer_log_probabilities([(PROMPTS[0], " 16", ())])[0] < logs[0]
+
+
+def test_all_one_token_answers_and_their_ends_add_up_to_less_than_one(base_folder: str, lora_folder: str) -> None:
+    model = load(base_folder, lora_folder)
+    letters = [chr(code) for code in range(33, 127)]
+    logs = model.answer_log_probabilities([(PROMPTS[0], letter, ("\n",)) for letter in letters], disable_tqdm=True)
+    assert 0 < sum(map(math.exp, logs)) < 1
+
+
+def test_a_stop_sequence_that_begins_with_another_is_not_counted_twice(base_folder: str) -> None:
+    model = load(base_folder, None)
+    one = model.answer_log_probabilities([(PROMPTS[0], " 16", ("\n",))], disable_tqdm=True)
+    two = model.answer_log_probabilities([(PROMPTS[0], " 16", ("\n\n", "\n", "\n"))], disable_tqdm=True)
+    assert math.isclose(one[0], two[0], rel_tol=1e-5)
+
+
+def test_choices_are_a_softmax() -> None:
+    logs = [math.log(value) - 50 for value in (0.5, 0.3, 0.2)]
+    confidence, nll = choice_scores(logs, 0, [1])
+    assert math.isclose(confidence, 0.5)
+    assert math.isclose(nll, -math.log(0.3))
+    assert math.isclose(choice_scores(logs, 2, [0, 1])[1], -math.log(0.8))
+    assert choice_scores([0.0, -2000.0], 0, [1]) == (1.0, 2000.0)
+    assert choice_scores([0.0], 0, [0]) == (1.0, 0.0)
+
+
+def choice_task(**changes: object) -> SimpleNamespace:
+    fields = {
+        "OUTPUT_TYPE": "multiple_choice",
+        "task_name": "colours",
+        "multiple_input": False,
+        "doc_to_choice": lambda doc: doc["choices"],
+        "doc_to_text": lambda doc: doc["text"],
+    }
+    return SimpleNamespace(**{**fields, **changes})
+
+
+def test_multiple_choice_takes_lm_evals_likelihoods() -> None:
+    responses = [[(math.log(0.4), False)], [(math.log(0.6), True)], [(-7.0, False)], [(-9.0, False)]]
+    doc = {"choices": ["a", "a long one"], "text": 1}
+    sample = {"doc": doc, "target": 0, "resps": responses}  # the last two are for mutual information
+    (confidence,), (nll,) = score_answers(None, choice_task(), [sample], "acc")
+    assert math.isclose(confidence, 0.6) and math.isclose(nll, -math.log(0.4))
+    # Per letter the long one is the likelier by far; then the short one's share counts
+    (confidence,), _ = score_answers(None, choice_task(), [sample | {"resps": responses[::-1][2:]}], "acc_norm")
+    assert math.isclose(confidence, 0.4)
+    by_name = {**sample, "target": "a long one"}
+    assert math.isclose(score_answers(None, choice_task(), [by_name], "acc")[1][0], -math.log(0.6))
+    (_, [nll]) = score_answers(None, choice_task(multiple_input=True), [sample], "acc")
+    assert math.isclose(nll, -math.log(0.6))  # with several inputs, the text field names the right one
+    with pytest.raises(ValueError, match="'exact_match' of task colours is no score of a choice"):
+        score_answers(None, choice_task(), [sample], "exact_match")
+
+
+def test_a_fitted_temperature_has_the_least_loss_on_the_validation_split(base_folder: str, lora_folder: str) -> None:
+    model = load(base_folder, lora_folder)
+    [task] = load_tasks(["dip_pretraining_gcd"], "evals", limit=1, validation_items=3)["tasks"].values()
+    fitted = fit_to_validation(model, [task], 3)
+    assert fitted == model.temperature != 1.0
+    rows = [(doc["prompt"], doc["completion"], ("\n",)) for doc in task.validation_docs()]
+    assert len(rows) == 3
+
+    def loss(temperature: float) -> float:
+        model.temperature = temperature
+        return -sum(model.answer_log_probabilities(rows, disable_tqdm=True))
+
+    losses = [loss(float(other)) for other in np.geomspace(*TEMPERATURES, 12)]
+    assert loss(fitted) < 1.0001 * min(losses) < 0.9 * max(losses)
+
+
+def test_tasks_without_probabilities_or_validation_items_are_refused() -> None:
+    with pytest.raises(ValueError, match="task words is of type loglikelihood_rolling"):
+        check_output_types([choice_task(), SimpleNamespace(OUTPUT_TYPE="loglikelihood_rolling", task_name="words")])
+    evaluated = choice_task(has_validation_docs=lambda: True, has_test_docs=lambda: False)
+    with pytest.raises(ValueError, match="temperature: task colours has no validation split besides"):
+        check_validation([evaluated])
