@@ -1,0 +1,94 @@
+"""What a run was, written beside its weights: training_config.yaml and environment.json."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, asdict, fields, is_dataclass
+from enum import Enum
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import yaml
+from transformers import TrainingArguments
+
+from dip_hf.evaluation.environment import describe_environment
+
+
+TRAINING_NAME = "training_config.yaml"
+ENVIRONMENT_NAME = "environment.json"
+
+# Written even where they have their defaults, which differ between releases of TRL and transformers
+_ALWAYS = {
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps", "optim", "weight_decay"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "seed", "bf16", "fp16"),
+    *("max_length", "packing"),
+}
+# Of one machine or one account, and nothing that another run would repeat
+_PLACES = {
+    *("output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "local_rank", "report_to", "disable_tqdm"),
+    "project",
+}
+_PLACES_PREFIXES = ("hub_", "push_to_hub", "trackio", "logging_", "save_")
+_SECRET = re.compile(r"(?:^|_)(?:token|secret|password|api_key)$|^trust_remote_code$", re.IGNORECASE)
+_TEXT_TOKENS = frozenset({"bos_token", "eos_token", "pad_token", "unk_token"})
+"""Called tokens, but those of a tokenizer."""
+
+
+def scrub(value: Any) -> Any:
+    """Make a setting fit to be published, and plain enough for YAML and JSON.
+
+    Access tokens and `trust_remote_code` are dropped from mappings, at any depth. Of a path that is absolute, or in
+    someone's home folder, the last part is kept. Enumerations become their values, what is no plain value its text.
+    """
+    if isinstance(value, Enum):
+        return scrub(value.value)
+    if isinstance(value, Mapping):
+        return {str(key): scrub(entry) for key, entry in value.items() if not _is_secret(str(key))}
+    if isinstance(value, list | tuple):
+        return [scrub(entry) for entry in value]
+    if isinstance(value, set | frozenset):
+        return sorted(scrub(entry) for entry in value)
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    text = str(value)
+    windows = PureWindowsPath(text)
+    if PurePosixPath(text).is_absolute() or windows.is_absolute() or text.startswith(("~", "file:", "\\\\")):
+        return windows.name  # which splits at both kinds of slash
+    return text
+
+
+def _is_secret(key: str) -> bool:
+    return bool(_SECRET.search(key)) and key not in _TEXT_TOKENS
+
+
+def training_config(args: TrainingArguments, always: Iterable[str] = ()) -> dict[str, Any]:
+    """The settings of a run that another run would repeat.
+
+    Args:
+        args: the trainer's.
+        always: fields to write besides those that differ from their defaults and the main ones.
+
+    Returns:
+        Field names to plain values, scrubbed (see `scrub`); `type(args)` takes them, with an `output_dir`.
+    """
+    wanted = _ALWAYS | set(always)
+    found = {}
+    for field in fields(args):
+        name, value = field.name, getattr(args, field.name)
+        if name in _PLACES or name.startswith(_PLACES_PREFIXES) or _is_secret(name) or not field.init:
+            continue
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        plain = scrub(asdict(value) if is_dataclass(value) and not isinstance(value, type) else value)
+        if name in wanted or plain != scrub(default):
+            found[name] = plain
+    return found
+
+
+def write_record(folder: str | Path, args: TrainingArguments, always: Iterable[str] = ()) -> None:
+    """Write training_config.yaml and environment.json into `folder`, which exists; see `training_config`."""
+    text = yaml.safe_dump(training_config(args, always), sort_keys=True, allow_unicode=True)
+    (Path(folder) / TRAINING_NAME).write_text(text, encoding="utf-8")
+    environment = json.dumps(describe_environment(), indent=2) + "\n"
+    (Path(folder) / ENVIRONMENT_NAME).write_text(environment, encoding="utf-8")

@@ -1,0 +1,125 @@
+"""A finished run on disk, read and checked before any of it is pushed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard
+from safetensors import safe_open
+
+from dip_hf.adapter_files import CONFIG_NAME, WEIGHTS_NAME, check_adapter_folder
+from dip_hf.dipnet.export import NOISE_PREFIX
+from dip_hf.evaluation.checkpoints import Checkpoint, check_checkpoints
+from dip_hf.hub.record import ENVIRONMENT_NAME, TRAINING_NAME
+from dip_hf.hub.settings import check_repo_id
+
+
+MODEL = "model"
+"""The kind of a run that trained the whole model; an adapter's is its PEFT type."""
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What the folder of a run holds.
+
+    Attributes:
+        folder: where it lies.
+        kind: the adapter's PEFT type, such as "DIPNET" or "LORA", or `MODEL`.
+        adapter: content of its adapter_config.json; empty for a whole model.
+        training: content of training_config.yaml; None where the run wrote none.
+        environment: content of environment.json; None where the run wrote none.
+        base_model: the base's name on the Hub; None for a whole model of unknown origin.
+        datasets: what it was trained on, as far as known.
+    """
+
+    folder: Path
+    kind: str
+    adapter: dict[str, Any]
+    training: dict[str, Any] | None
+    environment: dict[str, Any] | None
+    base_model: str | None
+    datasets: tuple[str, ...]
+
+    @property
+    def has_plain_weights(self) -> bool:
+        """Whether an adapter has weights besides a DIPNet adapter's own, so that a plain LoRA copy makes sense."""
+        with safe_open(self.folder / WEIGHTS_NAME, framework="pt") as file:
+            return any(f".{NOISE_PREFIX}" not in name for name in file.keys())  # noqa: SIM118  (no mapping)
+
+
+def read_run(folder: str | Path, base_model: str | None = None, datasets: list[str] | None = None) -> FinishedRun:
+    """Read a finished run.
+
+    Args:
+        folder: what training wrote.
+        base_model: the base's name on the Hub; default: what the run itself says.
+        datasets: what it was trained on; default: what the folder's card says.
+
+    Raises:
+        ValueError: weights or config are missing, pickled, truncated or damaged, or the base is known as a local
+            folder only. Names the field, the value and the remedy.
+    """
+    folder = Path(folder)
+    card = _card_metadata(folder)
+    base = base_model or card.get("base_model")
+    if (folder / CONFIG_NAME).is_file():
+        check_adapter_folder(folder)
+        adapter = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        base = base_model or adapter.get("base_model_name_or_path")
+        kind = str(adapter.get("peft_type"))
+        if not base:
+            raise ValueError(f"base_model is missing: {folder / CONFIG_NAME} names none; give its name on the Hub")
+        if base_model is None:
+            _check_public(str(base))
+    else:
+        check_checkpoints([Checkpoint("folder", str(folder))], model=str(folder))
+        kind, adapter = MODEL, {}
+        base = base if base and not Path(str(base)).exists() else base_model
+    known = card.get("datasets") or []
+    names = datasets if datasets is not None else [known] if isinstance(known, str) else known
+    return FinishedRun(
+        folder=folder,
+        kind=kind,
+        adapter=adapter,
+        training=_read_mapping(folder / TRAINING_NAME),
+        environment=_read_mapping(folder / ENVIRONMENT_NAME),
+        base_model=None if base is None else str(base),
+        datasets=tuple(str(name) for name in names),
+    )
+
+
+def _check_public(base: str) -> None:
+    remedy = "give base_model, its name on the Hub, so that others can load the adapter"
+    if Path(base).exists():
+        raise ValueError(f"base_model={base!r}, which the adapter was trained on, is a local folder: {remedy}")
+    try:
+        check_repo_id("base_model", base)
+    except ValueError as error:
+        raise ValueError(
+            f"base_model={base!r}, which the adapter was trained on, is no name on the Hub: {remedy}"
+        ) from error
+
+
+def _card_metadata(folder: Path) -> dict[str, Any]:
+    """The YAML head of the folder's README.md; empty where there is none."""
+    path = folder / "README.md"
+    if not path.is_file():
+        return {}
+    return ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+
+
+def _read_mapping(path: Path) -> dict[str, Any] | None:
+    """A YAML (or JSON) file's mapping; None where there is no file."""
+    if not path.is_file():
+        return None
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it, or save the run again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no mapping; remove it, or save the run again")
+    return content

@@ -1,0 +1,153 @@
+"""The files of one push: what is taken from a run's folder, and what is made from it."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from huggingface_hub import eval_result_entries_to_yaml
+
+from dip_hf.adapter_files import CONFIG_NAME, WEIGHTS_NAME
+from dip_hf.dipnet.export import export_lora
+from dip_hf.hub.card import render_card
+from dip_hf.hub.record import ENVIRONMENT_NAME, TRAINING_NAME, scrub
+from dip_hf.hub.results import PICTURE_NAME, REPORT_NAME, Results, read_results
+from dip_hf.hub.run import MODEL, FinishedRun, read_run
+from dip_hf.hub.settings import PushSettings
+
+
+LORA_FOLDER = "lora"
+MERGED_FOLDER = "merged"
+
+# What tokenizers and processors save; anything else in a run's folder stays there
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    *("chat_template.jinja", "chat_template.json", "processor_config.json", "preprocessor_config.json"),
+)
+_MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
+_TEXT_SUFFIXES = {".json", ".yaml", ".md", ".jinja", ".txt"}
+_ACCESS_TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}\b")
+
+
+@dataclass(frozen=True)
+class Staging:
+    """What would be pushed.
+
+    Attributes:
+        files: path in the repository to local file.
+        left_out: path in the repository to the reason why it is missing.
+    """
+
+    files: dict[str, Path] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def sizes(self) -> dict[str, int]:
+        """Path in the repository to bytes, in order of the paths."""
+        return {name: self.files[name].stat().st_size for name in sorted(self.files)}
+
+
+def stage(settings: PushSettings, work: Path, tags: list[str] | None = None) -> Staging:
+    """Collect and make the files of a push. The run's folder is only read.
+
+    Args:
+        settings: of the push.
+        work: an empty folder for what is made; must outlive the result.
+        tags: for the card, besides this project's own.
+
+    Raises:
+        ValueError: the run cannot be pushed; names the field, the value and the remedy.
+    """
+    run = read_run(settings.folder, settings.base_model, settings.datasets)
+    results = read_results(run.folder, settings.report, settings.checkpoint)
+    staging = Staging()
+    lora = None
+    if run.kind == MODEL:
+        if settings.merged:
+            raise ValueError(f"merged=True: {run.folder} holds a whole model, no adapter to merge; leave it out")
+        weights = sorted(path.name for path in run.folder.glob("*.safetensors"))
+        _take(run.folder, staging, (*_MODEL_FILES, *weights))
+    else:
+        staging.files[CONFIG_NAME] = _public_config(run, run.folder / CONFIG_NAME, work / CONFIG_NAME)
+        staging.files[WEIGHTS_NAME] = run.folder / WEIGHTS_NAME
+        lora = _stage_lora(run, work, staging)
+        if settings.merged:
+            _stage_merged(run, work / MERGED_FOLDER, staging)
+    _take(run.folder, staging, _TOKENIZER_FILES)
+    for name in (TRAINING_NAME, ENVIRONMENT_NAME):
+        _take(run.folder, staging, (name,))
+        if name not in staging.files:
+            staging.left_out[name] = "the run's folder has none; DIPSFTTrainer.save_model writes it"
+    _stage_results(results, settings, work, staging)
+    card = render_card(run, settings.repo_id, results, lora, settings.merged, tags or [])
+    staging.files["README.md"] = _write(work / "README.md", card)
+    _refuse_tokens(staging)
+    return staging
+
+
+def _take(folder: Path, staging: Staging, names: tuple[str, ...]) -> None:
+    staging.files.update({name: folder / name for name in names if (folder / name).is_file()})
+
+
+def _write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def _public_config(run: FinishedRun, source: Path, target: Path) -> Path:
+    """An adapter's config that names the base as others know it."""
+    content = json.loads(source.read_text(encoding="utf-8"))
+    content["base_model_name_or_path"] = run.base_model
+    return _write(target, json.dumps(scrub(content), indent=2, sort_keys=True) + "\n")
+
+
+def _stage_lora(run: FinishedRun, work: Path, staging: Staging) -> str | None:
+    """Add the plain LoRA copy; returns the subfolder that stock PEFT loads, None where there is none."""
+    if run.kind != "DIPNET":
+        return "" if run.kind == "LORA" else None
+    if not run.has_plain_weights:
+        staging.left_out[f"{LORA_FOLDER}/"] = "the adapter has noise alone: its noise-free pass is the base's"
+        return None
+    folder = export_lora(run.folder, work / "exported")
+    config = work / LORA_FOLDER / CONFIG_NAME
+    staging.files[f"{LORA_FOLDER}/{CONFIG_NAME}"] = _public_config(run, folder / CONFIG_NAME, config)
+    staging.files[f"{LORA_FOLDER}/{WEIGHTS_NAME}"] = folder / WEIGHTS_NAME
+    return LORA_FOLDER
+
+
+def _stage_merged(run: FinishedRun, target: Path, staging: Staging) -> None:
+    from peft import PeftModel  # a push without a merged model loads no model
+    from transformers import AutoModelForCausalLM
+
+    # As trained, which may be a local folder where the card names the base on the Hub
+    base = str(run.adapter.get("base_model_name_or_path") or run.base_model)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run.folder)
+    model.merge_and_unload().save_pretrained(target)
+    made = {path.name: path for path in sorted(target.iterdir())}
+    tokenizer = {name: run.folder / name for name in _TOKENIZER_FILES if (run.folder / name).is_file()}
+    staging.files.update({f"{MERGED_FOLDER}/{name}": path for name, path in (tokenizer | made).items()})
+
+
+def _stage_results(results: Results | None, settings: PushSettings, work: Path, staging: Staging) -> None:
+    if results is None:
+        if settings.benchmarks:
+            raise ValueError(f"benchmarks={settings.benchmarks} need a report: give the one of recipes/evaluate.py")
+        staging.left_out[f"evaluation/{REPORT_NAME}"] = "no report; give the one that recipes/evaluate.py wrote"
+        return
+    text = json.dumps(results.report, indent=2) + "\n"
+    staging.files[f"evaluation/{REPORT_NAME}"] = _write(work / "evaluation" / REPORT_NAME, text)
+    if results.picture is not None:
+        staging.files[f"evaluation/{PICTURE_NAME}"] = results.picture
+    for name, entry in results.benchmark_entries(settings.benchmarks or []).items():
+        text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False, allow_unicode=True)
+        staging.files[f".eval_results/{name}"] = _write(work / "eval_results" / name, text)
+
+
+def _refuse_tokens(staging: Staging) -> None:
+    for name, path in staging.files.items():
+        if path.suffix in _TEXT_SUFFIXES and _ACCESS_TOKEN.search(path.read_bytes()):
+            raise ValueError(f"{name} holds what looks like an access token of the Hub; remove it from {path}")

@@ -1,0 +1,176 @@
+"""What a push carries, and what is refused before anything is sent."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from dip_hf import DIPNetConfig
+from dip_hf.hub import PushSettings, push
+from dip_hf.hub.push import describe
+from dip_hf.hub.stage import Staging, stage
+from tests.hub.conftest import BASE
+
+
+def staged(folder: Path, work: Path, **changes: Any) -> Staging:
+    work.mkdir()
+    return stage(PushSettings(str(folder), "you/run", **changes), work)
+
+
+def save_adapter(base: Path, folder: Path, config: LoraConfig) -> PeftModel:
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    model.save_pretrained(folder)
+    return model
+
+
+def test_every_file_is_listed_with_its_size_and_what_is_missing_with_the_reason(
+    run_folder: Path, tmp_path: Path
+) -> None:
+    staging = staged(run_folder, tmp_path / "work")
+    assert "training_args.bin" not in staging.files
+    lines = describe(staging)
+    weights = (run_folder / "adapter_model.safetensors").stat().st_size
+    assert f"{weights:>14,}  adapter_model.safetensors" in lines
+    assert f"{sum(staging.sizes().values()):>14,}  bytes in {len(staging.files)} files" in lines
+    assert list(staging.left_out) == ["evaluation/report.json"]
+    (run_folder / "environment.json").unlink()
+    assert "DIPSFTTrainer.save_model" in staged(run_folder, tmp_path / "two").left_out["environment.json"]
+
+
+def test_plain_lora_is_its_own_copy(base_folder: Path, tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    save_adapter(base_folder, tmp_path / "lora", config)
+    staging = staged(tmp_path / "lora", tmp_path / "work", base_model=BASE)
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} == set(staging.files)
+    assert json.loads(staging.files["adapter_config.json"].read_text())["base_model_name_or_path"] == BASE
+    assert str(base_folder) in (tmp_path / "lora" / "adapter_config.json").read_text()  # read only
+    card = staging.files["README.md"].read_text()
+    assert 'subfolder="lora"' not in card and "import dip_hf" not in card and "--max-lora-rank 8" in card
+
+
+def test_noise_alone_has_no_lora_copy(base_folder: Path, tmp_path: Path) -> None:
+    config = DIPNetConfig(target_modules=[], task_type="CAUSAL_LM")
+    save_adapter(base_folder, tmp_path / "noise", config)
+    staging = staged(tmp_path / "noise", tmp_path / "work", base_model=BASE)
+    assert not any(name.startswith("lora/") for name in staging.files)
+    assert "noise alone" in staging.left_out["lora/"]
+    card = staging.files["README.md"].read_text()
+    assert "vllm serve" not in card and "without dip_hf, use the base" in card
+
+
+def test_a_whole_model_goes_as_it_is(base_folder: Path, tmp_path: Path) -> None:
+    staging = staged(base_folder, tmp_path / "work", base_model="you/origin")
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= set(staging.files)
+    card = staging.files["README.md"].read_text()
+    assert "library_name: transformers" in card and "base_model_relation: finetune" in card
+    with pytest.raises(ValueError, match=r"merged=True: .* no adapter to merge"):
+        staged(base_folder, tmp_path / "two", merged=True)
+
+
+def test_the_merged_model_computes_what_the_adapter_does(base_folder: Path, tmp_path: Path) -> None:
+    config = DIPNetConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    model = save_adapter(base_folder, tmp_path / "run", config).eval()
+    staging = staged(tmp_path / "run", tmp_path / "work", base_model=BASE, merged=True)
+    assert {"merged/config.json", "merged/model.safetensors"} <= set(staging.files)
+    merged = AutoModelForCausalLM.from_pretrained(staging.files["merged/config.json"].parent).eval()
+    ids = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        assert (merged(ids).logits - model(ids).logits).abs().max() <= 1e-5
+    assert 'subfolder="merged"' in staging.files["README.md"].read_text()
+
+
+def test_results_and_benchmarks(run_folder: Path, tmp_path: Path) -> None:
+    report = write_report(run_folder / "report.json", run_folder)
+    (run_folder / "report.png").write_bytes(b"picture")
+    staging = staged(run_folder, tmp_path / "work", benchmarks=["gsm8k_cot=openai/gsm8k:gsm8k"])
+    text = staging.files["evaluation/report.json"].read_text()
+    assert str(tmp_path) not in text and json.loads(text)["task_sets"] == report["task_sets"]
+    assert staging.files["evaluation/report.png"].read_bytes() == b"picture"
+    (entry,) = yaml.safe_load(staging.files[".eval_results/gsm8k_cot.yaml"].read_text())
+    assert entry["dataset"] == {"id": "openai/gsm8k", "task_id": "gsm8k"} and entry["value"] == 51.25
+    assert "standard error 1.50" in entry["notes"]
+    card = staging.files["README.md"].read_text()
+    assert "| `gsm8k_cot` | 1319 | mine (this one) | 51.2 ± 1.5 | +10.0 | [+8.0, +12.0] |" in card
+
+
+@pytest.mark.parametrize(
+    ("changes", "limit", "message"),
+    [
+        ({"benchmarks": ["gsm8k_cot"]}, None, "must read TASK=DATASET_ID:TASK_ID"),
+        ({"benchmarks": ["aime=a/b:c"]}, None, "'aime' is no task of the report"),
+        ({"benchmarks": ["gsm8k_cot=a/b:c"]}, 100, "covers the first 100 items"),
+        ({"checkpoint": "other"}, None, "checkpoint='other'.*give its name"),
+        ({"report": "nowhere"}, None, "report='nowhere' does not exist"),
+    ],
+)
+def test_results_that_do_not_fit(
+    run_folder: Path, tmp_path: Path, changes: dict[str, Any], limit: int | None, message: str
+) -> None:
+    write_report(run_folder / "report.json", run_folder, limit)
+    with pytest.raises(ValueError, match=message):
+        staged(run_folder, tmp_path / "work", **changes)
+
+
+def test_a_file_that_is_no_report(run_folder: Path, tmp_path: Path) -> None:
+    (run_folder / "report.json").write_text('{"checkpoints": []}')
+    with pytest.raises(ValueError, match=r"is no report of recipes/evaluate\.py"):
+        staged(run_folder, tmp_path / "work")
+
+
+def test_what_cannot_be_pushed(run_folder: Path, base_folder: Path, tmp_path: Path) -> None:
+    def refused(message: str, **changes: Any) -> None:
+        with pytest.raises(ValueError, match=message):
+            push(PushSettings(**{"folder": str(run_folder), "repo_id": "you/run", **changes}))
+
+    refused("is no folder", folder=str(tmp_path / "nowhere"))
+    refused("repo_id='a/b/c' is no name on the Hub", repo_id="a/b/c")
+    refused("base_model='../base' is no name", base_model="../base")
+    refused("benchmarks=.* need a report", benchmarks=["a=b/c:d"])
+
+    config = json.loads((run_folder / "adapter_config.json").read_text())
+    for base in (str(base_folder), "/gone/base"):
+        config["base_model_name_or_path"] = base
+        (run_folder / "adapter_config.json").write_text(json.dumps(config))
+        refused("give base_model, its name on the Hub")
+
+    (run_folder / "tokenizer_config.json").write_text(json.dumps({"name": "hf_" + "a" * 34}))
+    refused("tokenizer_config.json holds what looks like an access token", base_model=BASE)
+
+    weights = run_folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    refused("truncated or damaged", base_model=BASE)
+    weights.rename(run_folder / "adapter_model.bin")
+    refused("pickle", base_model=BASE)
+    (run_folder / "adapter_config.json").unlink()
+    refused("neither an adapter .* nor a model")
+
+
+def write_report(path: Path, folder: Path, limit: int | None = None) -> dict[str, Any]:
+    """A report as recipes/evaluate.py writes it, on one task and two checkpoints, `folder` the second."""
+    rows = [
+        {"checkpoint": "base", "accuracy": 0.4125, "standard_error": 0.01, "differences": {}},
+        {
+            "checkpoint": "mine",
+            "accuracy": 0.5125,
+            "standard_error": 0.015,
+            "differences": {"base": {"points": 10.0, "low": 8.0, "high": 12.0, "better": 150, "worse": 20}},
+        },
+    ]
+    block = {"name": "gsm8k_cot", "metric": "exact_match", "tasks": 1, "items": 1319, "rows": rows}
+    report: dict[str, Any] = {
+        "settings": {"model": str(folder), "limit": limit},
+        "environment": {"packages": {"lm_eval": "0.4.13"}},
+        "checkpoints": [{"name": "base", "path": None}, {"name": "mine", "path": str(folder)}],
+        "reference": "base",
+        "task_sets": [block],
+        "tasks": [{**block, "task_set": "gsm8k_cot"}],
+    }
+    path.write_text(json.dumps(report))
+    return report
