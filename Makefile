@@ -24,17 +24,18 @@ LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate/one_gpu.yaml
 # Tests must pass without a network, and say so at once where they would need one.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 WORKERS ?= 2
-CHECKED := dip_hf recipes benchmarks evals tests
+CHECKED := dip_hf recipes benchmarks evals studies tests
 # Folders that a checkout may lack are left out rather than failed on.
 CHECKED := $(wildcard $(CHECKED))
 
-.PHONY: help install quickstart test conformance quality style benchmark pretrain clean
+.PHONY: help install quickstart study test conformance quality style benchmark pretrain clean
 
 help:
 	@echo "make quickstart   fine-tune with LoRA and with DIPNet, evaluate both and the base: $(OUT)/report.{json,md,png}"
 	@echo "make test         lint, types and tests"
 	@echo "make conformance  PEFT's own test suite, whole, on this adapter"
 	@echo "make benchmark    step time and memory against TRL's SFTTrainer"
+	@echo "make study        compare the methods with tuned baselines over five seeds: docs/results.md"
 	@echo "make pretrain     remake recipes/base_model from scratch"
 	@echo "make style        format the code;  make quality: check it"
 
@@ -58,6 +59,7 @@ quality: $(INSTALLED)
 	$(BIN)/ruff check $(CHECKED)
 	$(BIN)/ruff format --check $(CHECKED)
 	$(BIN)/mypy dip_hf recipes
+	$(BIN)/mypy -p studies
 
 style: $(INSTALLED)
 	$(BIN)/ruff check --fix $(CHECKED)
@@ -71,6 +73,13 @@ conformance: $(INSTALLED)
 
 benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks/overhead.py --preset cpu --json runs/overhead.json
+	$(BIN)/python benchmarks/prediction.py --preset cpu --json runs/prediction.json
+
+# Two hours on two cores; the same command goes on after an interruption.
+STUDY ?= studies/two_cores.yaml
+study: $(INSTALLED)
+	$(BIN)/python -m studies.run $(STUDY) --workers 2
+	$(BIN)/python -m studies.report $(STUDY)
 
 pretrain: $(INSTALLED)
 	$(BIN)/python recipes/pretrain.py --config recipes/configs/pretrain.yaml
