@@ -1,0 +1,71 @@
+"""The recipe's arguments with the study's own baselines, and a study's fields checked against them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dip_hf.reasoning import FINETUNING
+from dip_hf.recipe.arguments import AdapterArguments, DataArguments, RecipeParser
+from studies.load import close_to
+from studies.spec import Arm, Study
+from studies.trainers import StudyConfig
+
+
+def parse_training(config: dict[str, Any], output_dir: str) -> tuple[DataArguments, StudyConfig, AdapterArguments]:
+    """Turn the fields of one training run into the recipe's three argument objects.
+
+    Args:
+        config: what `Study.training` returns.
+        output_dir: where the run writes.
+
+    Raises:
+        ValueError: an unknown field (with its close matches), or a value that its field refuses.
+    """
+    # A parser keeps what it was given as defaults, so each run has its own
+    parser = RecipeParser((DataArguments, StudyConfig, AdapterArguments))
+    parser.set_defaults_with_config(
+        **config, output_dir=output_dir, save_strategy="no", eval_strategy="no", report_to="none", disable_tqdm=True
+    )
+    data, training, adapter = parser.parse_args_into_dataclasses(args=[])
+    return data, training, adapter
+
+
+def check_fields(study: Study) -> None:
+    """Check the families, and build the arguments of every arm's every trial, so that a mistake costs no wait.
+
+    Raises:
+        ValueError: an unknown family, or a mistake in an arm's fields; names the arm and the trial.
+    """
+    known = [family.name for family in FINETUNING]
+    for family in study.families:
+        if family not in known:
+            raise ValueError(f"families: {family!r} is no fine-tuning family{close_to(str(family), known)}")
+    size, seed = next(iter(study.sizes)), study.seeds[0]
+    for arm in study.arms:
+        if arm.untrained:
+            continue
+        for trial in range(len(arm.trials)):
+            try:
+                _, _, adapter = parse_training(study.training(arm, size, seed, trial), study.output_dir)
+                _check_prediction(arm, adapter)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"arms.{arm.name}, trial {trial}: {error}") from error
+
+
+def _check_prediction(arm: Arm, adapter: AdapterArguments) -> None:
+    """Refuse a way to predict that the trained adapter does not have, before it is trained."""
+    plain_lora = adapter.adapter == "lora" and not adapter.use_dora
+    if arm.dropout_at_test and not (plain_lora and adapter.lora_dropout > 0):
+        raise ValueError(
+            f"dropout_at_test needs LoRA (without DoRA) with dropout, got adapter={adapter.adapter!r} and "
+            f"lora_dropout={adapter.lora_dropout}: set adapter to 'lora' and lora_dropout above 0"
+        )
+    if arm.num_samples > 0 and not arm.dropout_at_test and adapter.adapter != "dipnet":
+        raise ValueError(
+            f"num_samples={arm.num_samples} needs noise or a posterior: set adapter to 'dipnet', or dropout_at_test"
+        )
+    if arm.ensemble > 1 and not plain_lora:
+        raise ValueError(
+            f"ensemble={arm.ensemble} is made of LoRA adapters (without DoRA), got adapter={adapter.adapter!r}: set "
+            "it to 'lora'"
+        )

@@ -1,0 +1,123 @@
+"""One job from its training run to its scores."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+import shutil
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from dip_hf.adapter_files import CONFIG_NAME
+from dip_hf.diagnostics import make_batches, robustness, suite_rows
+from dip_hf.evaluation.environment import describe_environment
+from recipes.sft import make_trainer
+from studies.arguments import parse_training
+from studies.measure import measure, probe
+from studies.plan import Job
+from studies.spec import Study
+from studies.store import Store, write_text
+from studies.trainers import trainer_class
+
+
+def run_job(study: Study, store: Store, job: Job) -> dict[str, Any]:
+    """Do what is missing of one job, write its result and return it.
+
+    Raises:
+        FloatingPointError: a cell's training run diverged. A trial's is a result: it scores nothing.
+    """
+    start = time.perf_counter()
+    runs = [train(study, store, job, member) for member in range(len(job.trained))]
+    folders = [store.training_folder(key) for key in job.trained]
+    result: dict[str, Any] = {"training": runs[0] if runs else None}
+    if job.kind == "trial":
+        result |= {"exact_match": 0.0, "nll": None}
+        if "diverged" not in runs[0]:
+            result |= validate(study, folders[0])
+    else:
+        for one in runs:
+            if "diverged" in one:
+                raise FloatingPointError(one["diverged"])
+        if len(runs) > 1:  # the first member's, in the time of all
+            result["training"] = runs[0] | {"seconds": round(sum(one["seconds"] for one in runs), 2)}
+        arm = study.arm(job.arm)
+        result |= measure(study, arm, folders)
+        if arm.one_pass:
+            result |= probe(study, load_model(study, folders[0] if folders else None))
+    result |= {
+        "config_hash": job.config_hash,
+        "cell_hash": job.key,
+        "environment": describe_environment(study.evaluation.device) | {"cores": os.cpu_count()},
+        "seconds": round(time.perf_counter() - start, 1),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    store.write("trials" if job.kind == "trial" else "cells", job.key, result)
+    return result
+
+
+def train(study: Study, store: Store, job: Job, member: int = 0) -> dict[str, Any]:
+    """Make one of a job's training runs, or find it finished; return what its training.json says."""
+    assert job.size is not None and job.seed is not None and job.trial is not None
+    folder = store.training_folder(job.trained[member])
+    if not (folder / "training.json").is_file():
+        # A folder of this process, renamed when it is whole: what a killed run leaves is never taken for a run
+        part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        config = study.training(study.arm(job.arm), job.size, job.seed, job.trial, member)
+        report = {"config": config, **_train(config, part)}
+        write_text(part / "training.json", json.dumps(report, indent=2))
+        try:
+            part.rename(folder)
+        except OSError:  # another process was faster
+            shutil.rmtree(part)
+    trained: dict[str, Any] = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    return trained
+
+
+def _train(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    data, training, adapter = parse_training(config, str(folder))
+    trainer = make_trainer(data, training, adapter, trainer_class(training))
+    try:
+        result = trainer.train()
+    except FloatingPointError as error:
+        return {"diverged": str(error)}
+    if not math.isfinite(result.training_loss):
+        return {"diverged": f"the mean training loss is {result.training_loss}"}
+    # The adapter alone: Trainer's own saving adds its pickled arguments
+    trainer.model.save_pretrained(folder)
+    report = {
+        "seconds": round(result.metrics["train_runtime"], 2),
+        "steps": result.global_step,
+        "loss": result.training_loss,
+        "threads": torch.get_num_threads(),
+    }
+    del trainer
+    gc.collect()
+    return report
+
+
+def load_model(study: Study, folder: Path | None) -> PreTrainedModel | PeftModel:
+    """The base in fp32, or with what `folder` holds; noise-free, in evaluation mode, on the device of evaluation."""
+    device = study.evaluation.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    adapter = folder is not None and (folder / CONFIG_NAME).is_file()
+    whole = study.model if folder is None or adapter else folder
+    model = AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32).to(device)
+    if adapter:
+        model = PeftModel.from_pretrained(model, folder)
+    return model.eval()
+
+
+def validate(study: Study, folder: Path) -> dict[str, float]:
+    """Teacher-forced exact match, and NLL in nats per answer, on the families' validation split at its seed 0."""
+    tokenizer = AutoTokenizer.from_pretrained(study.model)
+    rows = suite_rows(study.families, "validation", study.selection.examples)
+    batches = make_batches(rows, tokenizer, study.evaluation.batch_size)
+    return robustness(load_model(study, folder), batches, noise_scales=(), fgsm_scales=())["none"]

@@ -1,0 +1,185 @@
+"""Which job comes next: trials before the cells that need their verdict, every arm of a seed before the next seed."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from studies.spec import Arm, Study
+from studies.store import Store, cell_key, training_key, training_keys
+
+
+@dataclass(frozen=True)
+class Job:
+    """One unit of work: training runs where they are not there yet, and what is measured after them.
+
+    Attributes:
+        kind: "trial" scores the validation split, "cell" the test split.
+        arm: name of the arm.
+        size: training examples per family; None for the base.
+        seed: training seed; None for the base.
+        trial: index of the arm's setting; None for the base.
+        trained: keys of the training runs: several for an ensemble's cell, none for the base.
+        key: of the result.
+    """
+
+    kind: Literal["trial", "cell"]
+    arm: str
+    size: int | None
+    seed: int | None
+    trial: int | None
+    trained: tuple[str, ...]
+    key: str
+
+    @property
+    def config_hash(self) -> str | None:
+        """Key of the (first) training run; None for the base."""
+        return self.trained[0] if self.trained else None
+
+    @property
+    def title(self) -> str:
+        """For progress and errors."""
+        if self.size is None:
+            return f"{self.arm}"
+        return f"{self.arm} size {self.size} seed {self.seed}" + (
+            f" trial {self.trial}" if self.kind == "trial" else ""
+        )
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One place in the study's table; `size` and `seed` are None for the base, which has one cell for all."""
+
+    arm: Arm
+    size: int | None
+    seed: int | None
+
+
+def cells(study: Study, only: Container[str] | None = None) -> list[Cell]:
+    """The cells in the order of work: the base, then all arms and sizes of the first seed, and so on.
+
+    Args:
+        study: the study.
+        only: names of the arms that are asked for; None: all.
+    """
+    arms = [arm for arm in study.arms if only is None or arm.name in only]
+    base = [Cell(arm, None, None) for arm in arms if arm.untrained]
+    trained = [arm for arm in arms if not arm.untrained]
+    return base + [Cell(arm, size, seed) for seed in study.seeds for size in study.sizes for arm in trained]
+
+
+def trial_jobs(study: Study, arm: Arm, size: int) -> list[Job]:
+    """The runs that choose among an arm's trials at one size; none where there is no choice."""
+    if len(arm.trials) == 1:
+        return []
+    jobs = []
+    for seed in study.selection.seeds:
+        for trial in range(len(arm.trials)):
+            key = training_key(study, arm, size, seed, trial)
+            jobs.append(Job("trial", arm.name, size, seed, trial, (key,), key))
+    return jobs
+
+
+def choose(scores: Sequence[Sequence[tuple[float, float]]]) -> int:
+    """Index of the best trial: highest mean exact match over seeds, ties by lowest mean NLL, then the first.
+
+    Args:
+        scores: per trial, per seed: exact match and NLL on the validation split.
+    """
+    means = [
+        (sum(match for match, _ in runs) / len(runs), -sum(nll for _, nll in runs) / len(runs)) for runs in scores
+    ]
+    return max(range(len(means)), key=means.__getitem__)  # the first of equals
+
+
+def chosen_trial(study: Study, store: Store, arm: Arm, size: int) -> int | None:
+    """The trial that the validation split chose; None while its runs are not finished."""
+    scores: list[list[tuple[float, float]]] = [[] for _ in arm.trials]
+    for job in trial_jobs(study, arm, size):
+        result = store.read("trials", job.key)
+        if result is None:
+            return None
+        assert job.trial is not None
+        nll = float("inf") if result["nll"] is None else result["nll"]  # a run that diverged
+        scores[job.trial].append((result["exact_match"], nll))
+    return choose(scores) if scores[0] else 0
+
+
+def cell_job(study: Study, store: Store, cell: Cell) -> Job | None:
+    """The job of a cell; None while its setting is not chosen yet."""
+    if cell.size is None or cell.seed is None:
+        return Job("cell", cell.arm.name, None, None, None, (), cell_key(study, cell.arm, ()))
+    trial = chosen_trial(study, store, cell.arm, cell.size)
+    if trial is None:
+        return None
+    trained = training_keys(study, cell.arm, cell.size, cell.seed, trial)
+    key = cell_key(study, cell.arm, trained)
+    return Job("cell", cell.arm.name, cell.size, cell.seed, trial, trained, key)
+
+
+def open_jobs(study: Study, store: Store, only: Container[str] | None = None) -> Iterator[Job]:
+    """Jobs that could start now and are not finished, in order; a result that two arms share is one job.
+
+    Arms as for `cells`.
+    """
+    seen: set[str] = set()
+    for cell in cells(study, only):
+        job = cell_job(study, store, cell)
+        assert job is not None or cell.size is not None  # the base waits for nothing
+        wanted = [job] if job is not None else trial_jobs(study, cell.arm, cell.size or 0)
+        for one in wanted:
+            kind = "trials" if one.kind == "trial" else "cells"
+            if one.key not in seen and not store.has(kind, one.key):
+                seen.add(one.key)
+                yield one
+
+
+def next_job(
+    study: Study, store: Store, busy: Container[str], given_up: Container[str], only: Container[str] | None = None
+) -> Job | None:
+    """The first open job that needs no training run that another worker is busy with.
+
+    Args:
+        study: the study.
+        store: what is finished.
+        busy: keys of the results and training runs that workers are busy with.
+        given_up: keys of the jobs that failed.
+        only: arms as for `cells`.
+    """
+    for job in open_jobs(study, store, only):
+        if job.key not in given_up and not any(key in busy for key in (job.key, *job.trained)):
+            return job
+    return None
+
+
+def remaining(study: Study, store: Store, only: Container[str] | None = None) -> list[tuple[str, str, int | None]]:
+    """Kind, arm and size of every result that is still to be made, those without a chosen setting included.
+
+    Arms as for `cells`.
+    """
+    rest: dict[tuple[str, ...], tuple[str, str, int | None]] = {}
+    for cell in cells(study, only):
+        job = cell_job(study, store, cell)
+        if job is None:
+            assert cell.size is not None
+            for trial in trial_jobs(study, cell.arm, cell.size):
+                if not store.has("trials", trial.key):
+                    rest[("trial", trial.key)] = ("trial", cell.arm.name, cell.size)
+            rest[("cell", cell.arm.name, str(cell.size), str(cell.seed))] = ("cell", cell.arm.name, cell.size)
+        elif not store.has("cells", job.key):
+            rest[("cell", job.key)] = ("cell", cell.arm.name, cell.size)
+    return list(rest.values())
+
+
+def finished_cells(study: Study, store: Store) -> list[dict[str, Any]]:
+    """The lines of results.jsonl: every finished cell of the study as it stands, under the arm's own name."""
+    lines = []
+    for cell in cells(study):
+        job = cell_job(study, store, cell)
+        result = None if job is None else store.read("cells", job.key)
+        if job is not None and result is not None:
+            place = {"study": study.name, "arm": cell.arm.name, "size": cell.size, "seed": cell.seed}
+            overrides = None if job.trial is None else cell.arm.trials[job.trial]
+            lines.append({**place, "trial": job.trial, "trial_overrides": overrides, **result})
+    return lines

@@ -1,0 +1,76 @@
+"""Make the tables and pictures of one or more studies from what is finished of them.
+
+    python -m studies.report                        # every study in studies/
+    python -m studies.report studies/two_cores.yaml
+
+Writes docs/results.md, and into docs/results/ per study NAME.json (the same numbers), NAME-SIZE.png and NAME.jsonl (a
+copy of the cells, from which the report can be made again where the runs are not).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from studies.compare import compare
+from studies.load import load_study
+from studies.picture import draw
+from studies.results import read_results, results_path
+from studies.spec import Study
+from studies.store import write_text
+from studies.tables import method_section, study_section
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def write_report(studies: Sequence[Study], docs: Path) -> list[Path]:
+    """Write the report of `studies` into the folder `docs`; return the paths.
+
+    Raises:
+        ValueError: cells that were not scored on the same items.
+    """
+    archive = docs / "results"
+    parts, paths = ["# Results of the studies", method_section()], [docs / "results.md"]
+    for study in studies:
+        source = results_path(study, archive)
+        results = read_results(study, source)
+        sizes = [size for size in study.sizes if any(place[1] == size for place in results.lines)]
+        comparisons = [compare(results, size) for size in sizes]
+        pictures = {}
+        for comparison in comparisons:
+            picture = archive / f"{study.name}-{comparison.size}.png"
+            draw(comparison, study, picture)
+            pictures[comparison.size] = picture.relative_to(docs).as_posix()
+            paths.append(picture)
+        content = {"study": study.name, "sizes": [comparison.to_json() for comparison in comparisons]}
+        write_text(archive / f"{study.name}.json", json.dumps(content, indent=2) + "\n")
+        paths.append(archive / f"{study.name}.json")
+        copy = archive / f"{study.name}.jsonl"
+        if source.is_file() and source != copy:
+            write_text(copy, source.read_text(encoding="utf-8"))
+            paths.append(copy)
+        parts.append(study_section(results, comparisons, pictures))
+    write_text(paths[0], "\n\n".join(parts) + "\n")
+    return paths
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command; `argv` stands for its words."""
+    parser = argparse.ArgumentParser(prog="python -m studies.report", description=__doc__.splitlines()[0])
+    parser.add_argument("studies", nargs="*", type=Path, help="YAML files (default: every study in studies/)")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where results.md is written (default: docs)")
+    arguments = parser.parse_args(argv)
+    try:
+        studies = [load_study(path) for path in arguments.studies or sorted((ROOT / "studies").glob("*.yaml"))]
+        for path in write_report(studies, arguments.docs):
+            print(f"Wrote {path}")
+    except ValueError as error:
+        sys.exit(f"studies.report: {error}")
+
+
+if __name__ == "__main__":
+    main()

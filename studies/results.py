@@ -1,0 +1,128 @@
+"""Finished cells as arrays over seeds and items, paired across arms."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from studies.measure import unpack
+from studies.spec import Arm, Study
+from studies.store import cell_key, training_keys
+
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Results:
+    """The finished cells of one study, those of an earlier declaration left out.
+
+    Attributes:
+        study: as declared.
+        lines: of results.jsonl, by arm, size and seed; the base's under size and seed None.
+        stale: number of lines whose declaration, data or base has changed since.
+    """
+
+    study: Study
+    lines: dict[tuple[str, int | None, int | None], dict[str, Any]]
+    stale: int
+
+    def seeds(self, arm: Arm, size: int) -> list[int]:
+        """Seeds in which the arm is finished; the base serves every seed."""
+        if arm.untrained:
+            return list(self.study.seeds) if (arm.name, None, None) in self.lines else []
+        return [seed for seed in self.study.seeds if (arm.name, size, seed) in self.lines]
+
+    def line(self, arm: Arm, size: int, seed: int) -> dict[str, Any]:
+        """One finished cell."""
+        return self.lines[(arm.name, None, None) if arm.untrained else (arm.name, size, seed)]
+
+    def strata(self, arm: Arm, size: int, seeds: list[int], task_set: str, what: str) -> list[Array]:
+        """Per task an array of shape (seeds, items).
+
+        Args:
+            arm: which one.
+            size: which one.
+            seeds: all of which are finished.
+            task_set: such as "standard".
+            what: "correct" (0 or 1), "nll" (nats per answer) or "confidence" (a probability).
+        """
+        sets = [self.line(arm, size, seed)["sets"][task_set] for seed in seeds]
+        return [np.stack([_values(tasks[task][what], what) for tasks in sets]) for task in sets[0]]
+
+    def probes(self, arm: Arm, size: int, seeds: list[int], *path: str) -> Array | None:
+        """One number per seed, such as ("robustness", "none", "exact_match"); None where it was not measured."""
+        values = []
+        for seed in seeds:
+            content: Any = self.line(arm, size, seed)
+            for step in path:
+                content = content.get(step) if content is not None else None
+            if content is None:
+                return None
+            values.append(float(content))
+        return np.asarray(values) if values else None
+
+
+def _values(text: str, what: str) -> Array:
+    if what == "correct":
+        return np.asarray([int(digit) for digit in text], dtype=np.float64)
+    return unpack(text)
+
+
+def results_path(study: Study, archive: Path) -> Path:
+    """The study's results: what its runs wrote, or the copy that `archive` holds."""
+    own = Path(study.output_dir) / "results.jsonl"
+    return own if own.is_file() else archive / f"{study.name}.jsonl"
+
+
+def read_results(study: Study, path: Path) -> Results:
+    """Read results.jsonl; a missing file is a study that has not begun.
+
+    Raises:
+        ValueError: two cells were not scored on the same items.
+    """
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    lines: dict[tuple[str, int | None, int | None], dict[str, Any]] = {}
+    stale = 0
+    for line in map(json.loads, text.splitlines()):
+        if not _is_current(study, line):
+            stale += 1
+            continue
+        lines[line["arm"], line["size"], line["seed"]] = line
+    items: dict[str, str] = {}
+    for (arm, _, _), line in lines.items():
+        for tasks in line["sets"].values():
+            for name, task in tasks.items():
+                if items.setdefault(name, task["items"]) != task["items"]:
+                    raise ValueError(f"{path}: {arm!r} was scored on other items of {name!r} than the cells before it")
+    return Results(study, lines, stale)
+
+
+def _is_current(study: Study, line: dict[str, Any]) -> bool:
+    arm = next((arm for arm in study.arms if arm.name == line["arm"]), None)
+    if arm is None:
+        return False
+    trained: tuple[str, ...] = ()
+    if not arm.untrained:
+        if line["size"] not in study.sizes or line["seed"] not in study.seeds or line["trial"] >= len(arm.trials):
+            return False
+        trained = training_keys(study, arm, line["size"], line["seed"], line["trial"])
+    return bool(line["cell_hash"] == cell_key(study, arm, trained))
+
+
+def time_ratio(results: Results, arm: Arm, size: int) -> float | None:
+    """Mean over seeds of the training time, over the reference's of the same seed; None without both."""
+    reference = results.study.arm(results.study.reference)
+    both = [seed for seed in results.seeds(arm, size) if seed in results.seeds(reference, size)]
+    if arm.untrained or not both:
+        return None
+    ours, theirs = (
+        [results.line(one, size, seed)["training"]["seconds"] for seed in both] for one in (arm, reference)
+    )
+    return fmean(mine / other for mine, other in zip(ours, theirs, strict=True))

@@ -1,0 +1,134 @@
+"""Differences paired by seed and item, their bootstrap intervals, and Holm's correction.
+
+Scores come as strata, one array per task (a family) of shape (seeds, items): row s is the model trained with seed s,
+column i is test item i, which is the same for all seeds and arms. Tasks are fixed and weigh alike; seeds and items
+are samples. A resample draws seeds with replacement and, independently and within each task, items with replacement,
+the same items for every seed (the two-way bootstrap of Owen, 2007, for crossed factors, called "pigeonhole"); an
+arm's score always comes with the reference's of the same seed and item. With one seed the interval covers items alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from dip_hf.evaluation.calibration import BINS
+
+
+Array = NDArray[np.float64]
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Difference:
+    """An arm's mean minus the reference's, over the seeds that both have.
+
+    Attributes:
+        value: the difference, in the scores' unit.
+        low: lower end of the 95% percentile interval.
+        high: upper end of it.
+        p: two-sided bootstrap p-value: twice the smaller share of resampled differences on either side of zero, zero
+            itself and the difference at hand counted on both sides; so at least 2/(resamples + 1).
+        seeds: number of seeds.
+        higher: number of seeds in which the arm's mean is above the reference's.
+        lower: number of seeds in which it is below.
+    """
+
+    value: float
+    low: float
+    high: float
+    p: float
+    seeds: int
+    higher: int
+    lower: int
+
+
+class Resampler:
+    """The resamples of one set of seeds and items, shared by all arms, so that their intervals are comparable.
+
+    Args:
+        seeds: number of seeds.
+        items: number of items of each task.
+        generator: source of the resamples.
+        resamples: number of them.
+
+    Raises:
+        ValueError: nothing to resample.
+    """
+
+    def __init__(
+        self, seeds: int, items: Sequence[int], generator: np.random.Generator, resamples: int = RESAMPLES
+    ) -> None:
+        if seeds < 1 or not items or min(items) < 1 or resamples < 1:
+            raise ValueError(f"seeds={seeds}, items={list(items)} and resamples={resamples} must all be at least 1")
+        self.items = tuple(items)
+        self.seed_weights: Array = generator.multinomial(seeds, [1 / seeds] * seeds, size=resamples) / seeds
+        self.item_weights: list[Array] = [generator.multinomial(n, [1 / n] * n, size=resamples) / n for n in items]
+
+    def means(self, strata: Sequence[ArrayLike]) -> tuple[Array, Array]:
+        """Mean per seed, shape (seeds,), and the resampled means per seed, shape (resamples, seeds).
+
+        Raises:
+            ValueError: the scores do not have the resampler's shape.
+        """
+        arrays = [np.asarray(scores, dtype=np.float64) for scores in strata]
+        shapes = [(self.seed_weights.shape[1], n) for n in self.items]
+        if [scores.shape for scores in arrays] != shapes:
+            raise ValueError(f"scores must have the shapes {shapes}, got {[scores.shape for scores in arrays]}")
+        observed = np.mean([scores.mean(axis=1) for scores in arrays], axis=0)
+        resampled = np.mean(
+            [weights @ scores.T for weights, scores in zip(self.item_weights, arrays, strict=True)], axis=0
+        )
+        return observed, resampled
+
+    def calibration_errors(
+        self, confidences: Sequence[ArrayLike], scores: Sequence[ArrayLike], bins: int = BINS
+    ) -> tuple[Array, Array]:
+        """Expected calibration error per seed, and resampled, in the shapes that `means` returns.
+
+        Σ_b |Σ_{i in b} w_i (c_i - y_i)| over bins of equal width of the confidence c, y being 1 where the answer is
+        right; w_i is 1/(tasks · items of the task), so that tasks weigh alike. Items of all tasks share the bins.
+        """
+        observed, resampled = np.zeros(self.seed_weights.shape[1]), np.zeros(self.seed_weights.shape)
+        binned = [np.minimum((np.asarray(c, dtype=np.float64) * bins).astype(int), bins - 1) for c in confidences]
+        gaps = [np.asarray(c, dtype=np.float64) - np.asarray(y) for c, y in zip(confidences, scores, strict=True)]
+        for index in range(bins):
+            mean, means = self.means([gap * (where == index) for gap, where in zip(gaps, binned, strict=True)])
+            observed, resampled = observed + np.abs(mean), resampled + np.abs(means)
+        return observed, resampled
+
+    def difference(self, arm: tuple[Array, Array], reference: tuple[Array, Array]) -> Difference:
+        """Compare two results of `means` or of `calibration_errors`."""
+        per_seed = arm[0] - reference[0]
+        resampled = ((arm[1] - reference[1]) * self.seed_weights).sum(axis=1)
+        low, high = np.percentile(resampled, [2.5, 97.5])
+        # A sum in another order must not turn a difference of zero into one of 1e-17
+        near = 1e-9 * max(1.0, float(np.abs(resampled).max()))
+        side = 1 + min(int((resampled <= near).sum()), int((resampled >= -near).sum()))
+        return Difference(
+            value=float(per_seed.mean()),
+            low=float(low),
+            high=float(high),
+            p=min(1.0, 2 * side / (len(resampled) + 1)),
+            seeds=len(per_seed),
+            higher=int((per_seed > 1e-9).sum()),
+            lower=int((per_seed < -1e-9).sum()),
+        )
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values (Holm, 1979), in the order given.
+
+    The k-th smallest of m is multiplied by m - k + 1, then raised to the one before it, and cut at 1.
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    adjusted, floor = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        floor = max(floor, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = floor
+    return adjusted

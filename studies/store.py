@@ -1,0 +1,120 @@
+"""What a study leaves on disk: one folder per training run, one file per finished trial and cell, written whole.
+
+    OUTPUT_DIR/trainings/KEY/     the adapter, and training.json
+    OUTPUT_DIR/trials/KEY.json    a training run's scores on the validation split
+    OUTPUT_DIR/cells/KEY.json     a cell's scores on the test split
+    OUTPUT_DIR/failures/KEY.txt   why a job failed
+    OUTPUT_DIR/results.jsonl      the cells of the study as it stands, one line each
+
+A key is a hash of everything that the content depends on, so a changed study keeps what it still needs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from dip_hf.reasoning import FAMILIES
+from studies.spec import Arm, Study
+
+
+def digest(content: Any) -> str:
+    """Sixteen hex digits of the SHA-256 of `content` as JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@cache
+def training_key(study: Study, arm: Arm, size: int, seed: int, trial: int, member: int = 0) -> str:
+    """Key of a training run: the recipe's fields, the families as they are defined, and the base's weights."""
+    config = study.training(arm, size, seed, trial, member)
+    return digest([config, [FAMILIES[name].settings() for name in study.families], base_digest(study.model)])
+
+
+def training_keys(study: Study, arm: Arm, size: int, seed: int, trial: int) -> tuple[str, ...]:
+    """Keys of the training runs that a cell needs: one, or those of an ensemble's members."""
+    return tuple(training_key(study, arm, size, seed, trial, member) for member in range(arm.ensemble))
+
+
+@cache
+def cell_key(study: Study, arm: Arm, trained: tuple[str, ...]) -> str:
+    """Key of a cell: what was trained (none: the base), and all that its prediction and evaluation depend on."""
+    prediction = [arm.num_samples, arm.dropout_at_test, arm.temperature]
+    evaluation = {
+        name: value for name, value in vars(study.evaluation).items() if name not in ("batch_size", "device")
+    }
+    suite = {name: [family.settings("standard"), family.settings("harder")] for name, family in FAMILIES.items()}
+    base = base_digest(study.model)
+    return digest([trained, prediction, evaluation, list(study.families), suite, study.model, base])
+
+
+@cache
+def base_digest(model: str) -> str:
+    """SHA-256 over the weights of a model's folder; empty for a name on the Hub."""
+    whole = hashlib.sha256()
+    paths = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
+    for path in paths:
+        whole.update(path.read_bytes())
+    return whole.hexdigest() if paths else ""
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all, under whatever name it will have, also where two processes write it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as file:
+        file.write(text)
+    os.replace(file.name, path)
+
+
+class Store:
+    """The finished parts of a study.
+
+    Args:
+        folder: the study's `output_dir`.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def training_folder(self, key: str) -> Path:
+        """Where a training run stands once it is finished."""
+        return self.folder / "trainings" / key
+
+    def clear_parts(self) -> None:
+        """Remove what killed processes left half-written."""
+        for path in self.folder.glob("*/*.part"):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    def has(self, kind: str, key: str) -> bool:
+        """Whether a part is finished; `kind` is "trials" or "cells"."""
+        return (self.folder / kind / f"{key}.json").is_file()
+
+    def read(self, kind: str, key: str) -> dict[str, Any] | None:
+        """A finished part; None where it is not finished."""
+        if not self.has(kind, key):
+            return None
+        content: dict[str, Any] = json.loads((self.folder / kind / f"{key}.json").read_text(encoding="utf-8"))
+        return content
+
+    def write(self, kind: str, key: str, content: dict[str, Any]) -> None:
+        """Note a finished part."""
+        write_text(self.folder / kind / f"{key}.json", json.dumps(content, allow_nan=False))
+        self.failure(key).unlink(missing_ok=True)
+
+    def failure(self, key: str) -> Path:
+        """Where the reason for a failed job stands."""
+        return self.folder / "failures" / f"{key}.txt"
+
+    def write_results(self, cells: list[dict[str, Any]]) -> Path:
+        """Write results.jsonl, one line per cell."""
+        path = self.folder / "results.jsonl"
+        write_text(path, "".join(json.dumps(cell, allow_nan=False) + "\n" for cell in cells))
+        return path

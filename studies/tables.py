@@ -1,0 +1,208 @@
+"""A comparison as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dip_hf.evaluation.calibration import BINS
+from studies.compare import LEVEL, MIN_SEEDS, Comparison, Measure, Row
+from studies.plan import cells
+from studies.results import Results
+from studies.spec import Study
+from studies.statistics import RESAMPLES
+
+
+_UNITS = {"accuracy": "%", "nll": "nats per answer", "ece": "%"}
+_SETS = {
+    "standard": "the trained families",
+    "harder": "the trained families at harder settings",
+    "unseen": "families that nobody trained on",
+    "pretraining": "the pretraining families (forgetting)",
+}
+
+
+def study_section(results: Results, comparisons: Sequence[Comparison], pictures: dict[int, str]) -> str:
+    """One study: what was run and on what, and per size the tables.
+
+    Args:
+        results: its finished cells.
+        comparisons: one per size with a finished cell.
+        pictures: path of each size's picture, relative to the report.
+    """
+    parts = [f"## {results.study.name}", _progress(results), _where(results)]
+    for comparison in comparisons:
+        parts.append(f"### {comparison.size:,} examples per family")
+        parts.append(f"![Differences to {results.study.reference}]({pictures[comparison.size]})")
+        parts += [_measure_table(comparison, measure, results.study) for measure in comparison.rows]
+        parts += [_calibration(comparison, name) for name in comparison.discrimination]
+        parts += [_robustness(comparison), _smoothness(comparison), _settings(comparison, results.study)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def method_section() -> str:
+    """How the numbers were made."""
+    return "\n\n".join(
+        [
+            "## How to read this",
+            "A cell is an arm, a data size and a seed. The seed draws the training examples, the initialisation and "
+            "the order of the data, alike for all arms. Every arm has the same number of trials; the setting with the "
+            "highest teacher-forced exact match on the validation split (ties: lowest negative log-likelihood), "
+            "averaged over the selection seeds, is run with all seeds, and each of these runs is scored once on the "
+            "test split.",
+            "Accuracy is the share of generated answers that reasoning-gym's own scorer gives full marks, the mean "
+            "over families; ± is the standard deviation over seeds. A difference is to the reference arm with the "
+            f"same seeds and items. Its 95% percentile interval and p-value come from {RESAMPLES:,} two-way bootstrap "
+            "resamples: seeds are drawn with replacement, and independently, within each family, items, the same for "
+            "all seeds; an arm's score always comes with the reference's. Such an interval is too short where there "
+            "are few seeds: with five, and were seeds all that varies, it would cover 85%; with one it covers the "
+            "choice of items alone. p is corrected by Holm over the arms of a table. A verdict takes "
+            f"p < {LEVEL:g} after that and the same sign in every seed, of at least {MIN_SEEDS}. NLL is that of the "
+            f"reference answer with its end; ECE has {BINS} bins of equal width. Brier score and AUROC (right against "
+            "wrong answers) are of the confidence in the model's own answer, and have no interval.",
+            "Robustness and smoothness are teacher-forced and of one noise-free pass, so that they leave out arms "
+            "that predict by samples, an ensemble or at a temperature; they have no interval. "
+            "Training time is measured with other runs at work beside it, so its ratio is rough.",
+        ]
+    )
+
+
+def _progress(results: Results) -> str:
+    """How much is finished, and by name what is not."""
+    study = results.study
+    wanted = [(cell.arm.name, cell.size, cell.seed) for cell in cells(study)]
+    missing = [place for place in wanted if place not in results.lines]
+    text = f"{len(wanted) - len(missing)} of {len(wanted)} cells are finished."
+    if results.stale:
+        text += f" {results.stale} finished cells of an earlier declaration are left out."
+    if not missing:
+        return text
+    counts: dict[str, int] = {}
+    for arm, size, _ in missing:
+        place = arm if size is None else f"{arm} ({size:,})"
+        counts[place] = counts.get(place, 0) + 1
+    pending = ", ".join(f"{place}: {count} seed{'s' * (count > 1)}" for place, count in counts.items())
+    return f"{text} **Pending:** {pending}."
+
+
+def _where(results: Results) -> str:
+    """Base, families, device, versions, commit."""
+    study = results.study
+    text = (
+        f"Base `{study.model}`; families {', '.join(study.families)}; seeds {', '.join(map(str, study.seeds))}; "
+        f"reference **{study.reference}**; {len(study.arm(study.reference).trials)} trials per arm, chosen with seeds "
+        f"{', '.join(map(str, study.selection.seeds))}."
+    )
+    places: dict[str, int] = {}
+    for line in results.lines.values():
+        environment = line["environment"]
+        packages = ", ".join(f"{name} {number}" for name, number in environment["packages"].items())
+        place = f"device {environment['device']}, Python {environment['python']}, {packages}, "
+        place += f"commit {environment['commit']}"
+        places[place] = places.get(place, 0) + 1
+    return "\n".join([text, "", *(f"- {count} cells: {place}" for place, count in places.items())])
+
+
+def _measure_table(comparison: Comparison, measure: Measure, study: Study) -> str:
+    header = ("arm", "seeds", measure.what, "difference", "95% interval", "seeds above", "p (Holm)", "verdict")
+    lines = [_measure_line(row, measure, study.reference) for row in comparison.rows[measure]]
+    title = f"**{measure.what.upper() if measure.what != 'accuracy' else 'Accuracy'}** in {_UNITS[measure.what]} on "
+    return f"{title}{_SETS[measure.task_set]}\n\n{markdown(header, lines, right=(1, 2, 3, 6))}"
+
+
+def _measure_line(row: Row, measure: Measure, reference: str) -> tuple[str, ...]:
+    digits = 3 if measure.what == "nll" else 1
+    if row.mean is None:
+        return (row.arm, "0", "", "", "", "", "", "pending")
+    mean = f"{row.mean:.{digits}f}" + ("" if row.spread is None else f" ± {row.spread:.{digits}f}")
+    if row.difference is None or row.p is None:
+        return (row.arm, str(row.seeds), mean, "", "", "", "", "reference" if row.arm == reference else "")
+    own = row.difference
+    return (
+        row.arm,
+        str(row.seeds),
+        mean,
+        f"{own.value:+.{digits}f}",
+        f"[{own.low:+.{digits}f}, {own.high:+.{digits}f}]",
+        f"{own.higher} of {own.seeds}",
+        f"{row.p:.4f}" if row.p < 0.1 else f"{row.p:.2f}",
+        row.verdict(measure),
+    )
+
+
+def _calibration(comparison: Comparison, task_set: str) -> str:
+    """NLL, ECE, Brier score and AUROC of all arms side by side."""
+    header = ("arm", "NLL", "difference, 95%", "ECE %", "difference, 95%", "Brier", "AUROC")
+    pairs = zip(*(comparison.rows[Measure(task_set, what)] for what in ("nll", "ece")), strict=True)
+    lines = []
+    for nll, ece in pairs:
+        own = comparison.discrimination[task_set][nll.arm]
+        likelihood, error = _calibration_cells(nll, 3), _calibration_cells(ece, 1)
+        lines.append((nll.arm, *likelihood, *error, _probe(own.get("brier"), 1, 3), _probe(own.get("auroc"), 1, 3)))
+    title = f"**Calibration** on {_SETS[task_set]}"
+    return f"{title}\n\n{markdown(header, lines, right=range(1, len(header)))}"
+
+
+def _calibration_cells(row: Row, digits: int) -> tuple[str, str]:
+    """Mean, and difference with its interval."""
+    mean = "pending" if row.mean is None else f"{row.mean:.{digits}f}"
+    own = row.difference
+    if own is None:
+        return mean, ""
+    return mean, f"{own.value:+.{digits}f} [{own.low:+.{digits}f}, {own.high:+.{digits}f}]"
+
+
+def _robustness(comparison: Comparison) -> str:
+    names = _probe_names(comparison, "exact_match")
+    if not names:
+        return ""
+    header = ("arm", *(name.removesuffix(" exact_match").replace("_", " ") for name in names))
+    lines = [
+        (arm, *(_probe(own.get(name), 100, 1) for name in names)) for arm, own in comparison.probes.items() if own
+    ]
+    text = (
+        "**Robustness**: teacher-forced exact match in % under perturbed prompts (noise and FGSM relative to the RMS)"
+    )
+    return f"{text}\n\n{markdown(header, lines, right=range(1, len(header)))}"
+
+
+def _smoothness(comparison: Comparison) -> str:
+    names = [
+        *("relative_gradient_norm_mean", "relative_gradient_norm_max"),
+        *("relative_hessian_norm_mean", "relative_hessian_norm_max"),
+    ]
+    lines = [
+        (arm, *(_probe(own.get(name), 1, 3) for name in names))
+        for arm, own in comparison.probes.items()
+        if names[0] in own
+    ]
+    header = ("arm", *(name.removeprefix("relative_").replace("_", " ") for name in names))
+    text = "**Smoothness** of the loss in the embeddings, in units of their RMS (spectral norm of the Hessian)"
+    return f"{text}\n\n{markdown(header, lines, right=range(1, len(header)))}" if lines else ""
+
+
+def _settings(comparison: Comparison, study: Study) -> str:
+    lines = []
+    for arm in study.arms:
+        setting, cost = comparison.settings[arm.name], comparison.costs[arm.name]
+        words = "pending" if setting is None else ", ".join(f"{key} {value}" for key, value in setting.items())
+        lines.append((arm.name, words, "" if cost is None else f"{cost:.2f}"))
+    header = ("arm", "chosen on the validation split", f"training time / {study.reference}")
+    return f"**Settings and cost**\n\n{markdown(header, lines, right=(2,))}"
+
+
+def _probe_names(comparison: Comparison, suffix: str) -> list[str]:
+    return list(dict.fromkeys(name for own in comparison.probes.values() for name in own if name.endswith(suffix)))
+
+
+def _probe(value: tuple[float, float | None] | None, scale: float, digits: int) -> str:
+    if value is None:
+        return ""
+    mean, spread = value
+    return f"{scale * mean:.{digits}f}" + ("" if spread is None else f" ± {scale * spread:.{digits}f}")
+
+
+def markdown(header: Sequence[str], lines: Sequence[Sequence[str]], right: Sequence[int]) -> str:
+    """A table; `right` are the columns of numbers."""
+    rule = "|".join("---:" if column in right else "---" for column in range(len(header)))
+    rows = ["| " + " | ".join(cells) + " |" for cells in (header, *lines)]
+    return "\n".join([rows[0], f"|{rule}|", *rows[1:]])

@@ -1,0 +1,146 @@
+"""Real jobs on a random model: what they leave, what they make once, and that all arms read the data in one order."""
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dip_hf.evaluation.checkpoints import Checkpoint
+from recipes.sft import make_trainer
+from studies.arguments import parse_training
+from studies.jobs import run_job
+from studies.measure import pack, prediction, unpack
+from studies.plan import finished_cells, open_jobs, trial_jobs
+from studies.report import write_report
+from studies.results import read_results
+from studies.spec import Arm, Study
+from studies.store import Store
+from studies.trainers import trainer_class
+from tests.recipes.support import save_small_model
+from tests.studies.support import small_study
+
+
+ARMS: dict[str, Any] = {
+    "base": {"untrained": True},
+    "lora": {"trials": [{"learning_rate": 1e-3}, {"learning_rate": 1e30}]},
+    "dipnet": {"adapter": "dipnet", "trials": [{"noise_scale": 0.1}, {"noise_scale": 0.3}]},
+}
+
+
+@pytest.fixture
+def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return small_study(tmp_path, model=str(save_small_model(tmp_path / "model")), arms=ARMS, seeds=[0])
+
+
+def test_a_study_from_its_trials_to_its_report(study: Study, tmp_path: Path) -> None:
+    store = Store(study.output_dir)
+    done = []
+    while job := next(iter(open_jobs(study, store)), None):
+        result = run_job(study, store, job)
+        done.append((job.kind, job.arm, job.trial))
+        assert result["config_hash"] == job.config_hash and result["environment"]["threads"] == torch.get_num_threads()
+    trials = [("trial", arm, trial) for arm in ("lora", "dipnet") for trial in (0, 1)]
+    assert [place for place in done if place[0] == "trial"] == trials
+    assert [place[1] for place in done if place[0] == "cell"] == ["base", "lora", "dipnet"]
+
+    runs = list((store.folder / "trainings").iterdir())
+    assert len(runs) == 4  # the chosen trial's run is the first seed's cell
+    assert not [path for run in runs for path in run.iterdir() if path.suffix in (".bin", ".pt", ".pkl")]
+    base, lora, _ = finished_cells(study, store)
+    assert (lora["trial"], lora["trial_overrides"]) == (0, {"learning_rate": 1e-3})  # the other one diverged
+    (key,) = (job.key for job in trial_jobs(study, study.arm("lora"), 8) if job.trial == 1)
+    diverged = store.read("trials", key)
+    assert diverged is not None and diverged["exact_match"] == 0
+    assert lora["training"]["steps"] == 2 and base["training"] is None
+    task = lora["sets"]["harder"]["dip_harder_number_sorting"]
+    assert len(task["correct"]) == 4 and unpack(task["nll"]).shape == unpack(task["confidence"]).shape == (4,)
+    assert task["items"] == base["sets"]["harder"]["dip_harder_number_sorting"]["items"]
+    assert set(lora["robustness"]) >= {"none", "typos", "fgsm_0.1", "noise_0.1"}
+    assert lora["smoothness"]["hessian_norm_mean"] > 0
+
+    path = store.write_results(finished_cells(study, store))
+    assert len(read_results(study, path).lines) == 3
+    write_report([study], tmp_path / "docs")
+    assert "3 of 3 cells are finished" in (tmp_path / "docs" / "results.md").read_text()
+
+
+def test_every_way_to_predict_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    arms: dict[str, Any] = {
+        "lora": {"lora_dropout": 0.5},
+        "temperature": {"lora_dropout": 0.5, "temperature": True},
+        "dropout": {"lora_dropout": 0.5, "dropout_at_test": True, "num_samples": 3},
+        "ensemble": {"lora_dropout": 0.5, "ensemble": 2},
+        "monteclora": {"adapter": "monteclora"},
+    }
+    evaluation = {"items": {"standard": 4, "harder": 3, "unseen": 1}, "probe_items": 2, "smoothness_items": 1}
+    model = str(save_small_model(tmp_path / "model"))
+    study = small_study(tmp_path, model=model, arms=arms, seeds=[0], evaluation=evaluation)
+    store = Store(study.output_dir)
+    while job := next(iter(open_jobs(study, store)), None):
+        run_job(study, store, job)
+    assert len(list((store.folder / "trainings").iterdir())) == 3  # lora's, the second member's, MonteCLoRA's
+    cells = {line["arm"]: line for line in finished_cells(study, store)}
+    assert list(cells) == list(arms)
+    nlls = {}
+    for name, line in cells.items():
+        sets = line["sets"]
+        assert [{len(task["correct"]) for task in own.values()} for own in sets.values()] == [{4}, {3}, {1}]
+        assert list(sets["standard"]) == ["dip_standard_number_sorting"]
+        nlls[name] = unpack(sets["standard"]["dip_standard_number_sorting"]["nll"]).tolist()
+    assert len(set(map(tuple, nlls.values()))) == len(arms)  # each predicts in a way of its own
+    assert {name for name, line in cells.items() if "robustness" in line} == {"lora", "monteclora"}
+    assert cells["temperature"]["temperature"] > 0 and "temperature" not in cells["lora"]
+    correct = [
+        cells[name]["sets"]["standard"]["dip_standard_number_sorting"]["correct"] for name in ("lora", "temperature")
+    ]
+    assert correct[0] == correct[1]
+    one, both = (cells[name]["training"]["seconds"] for name in ("lora", "ensemble"))
+    assert both > one
+    assert capfd.readouterr().out.count("ensemble: LORA") == 1  # one evaluation for all task sets
+
+
+def test_an_arm_becomes_a_checkpoint() -> None:
+    folders = [Path("a"), Path("b")]
+    assert prediction(Arm("base", untrained=True), []) == Checkpoint("base", samples=0)
+    assert prediction(Arm("e", ensemble=2), folders) == Checkpoint("e", "a+b", samples=0)
+    assert prediction(Arm("t", temperature=True), folders[:1]) == Checkpoint("t", "a", samples=0, temperature=True)
+    dropout = Arm("d", dropout_at_test=True, num_samples=5)
+    assert prediction(dropout, folders[:1]) == Checkpoint("d", "a", samples=5, dropout=True)
+    assert [arm.one_pass for arm in (dropout, Arm("e", ensemble=2), Arm("plain"))] == [False, False, True]
+
+
+def test_every_arm_reads_the_same_data_in_the_same_order_from_the_same_start(study: Study, tmp_path: Path) -> None:
+    def record(arm: str, seed: int) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
+        config = study.training(study.arm(arm), 8, seed, 0) | {"num_train_epochs": 2, "learning_rate": 1e-30}
+        data, training, adapter = parse_training(config, str(tmp_path / f"{arm}-{seed}"))
+        batches: list[list[int]] = []
+
+        class Recording(trainer_class(training)):  # type: ignore[misc]
+            def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+                batches.append(inputs["input_ids"].flatten().tolist())
+                return super().training_step(model, inputs, num_items_in_batch)
+
+        torch.rand(len(arm))  # whatever was drawn before
+        trainer = make_trainer(data, training, adapter, Recording)
+        trainer.train()
+        trainer.model.save_pretrained(tmp_path / f"{arm}-{seed}")
+        weights = load_file(tmp_path / f"{arm}-{seed}" / "adapter_model.safetensors")
+        return batches, {name: value for name, value in weights.items() if "lora_A" in name}
+
+    (lora, start), (dipnet, same_start), (other, _) = record("lora", 0), record("dipnet", 0), record("lora", 1)
+    assert len(lora) == 4 and lora == dipnet and lora != other
+    assert lora[:2] != lora[2:]  # each epoch has an order of its own
+    assert start.keys() == same_start.keys() and all(torch.equal(start[name], same_start[name]) for name in start)
+
+
+def test_items_are_packed_to_three_digits() -> None:
+    values = [0.0, 0.12345, 7.891, 1e9]
+    assert unpack(pack(values)) == pytest.approx([0.0, 0.12345, 7.891, 65504], rel=1e-3)
+    assert unpack(pack([])).size == 0

@@ -1,0 +1,138 @@
+"""A study's file: what it means, and what is wrong with a bad one."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from studies.arguments import check_fields, parse_training
+from studies.load import load_study
+from tests.studies.support import declaration, small_study, write_study
+
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": []}, r"seeds=\[\] must be a list of at least one"),
+        ({"seeds": None}, "the key 'seeds' is missing"),
+        ({"seeds": [0, 0]}, "names a seed twice"),
+        ({"seed": [0]}, "the key 'seed' is unknown; did you mean 'seeds'"),
+        ({"selection": {"seeds": [7]}}, r"selection.seeds: 7 is none of seeds=\[0, 1\]"),
+        ({"evaluation": {"items": {"standrad": 4}}}, "evaluation.items: the key 'standrad' is unknown; did you mean"),
+        ({"evaluation": {"items": {"standard": 0}}}, "evaluation.items.standard=0 must be from 1 to 200"),
+        (
+            {"evaluation": {"items": {"standard": 4}, "probe_items": -1}},
+            "evaluation.probe_items=-1 must not be negative",
+        ),
+        ({"evaluation": {"items": {"standard": 4}, "typo_rate": 1.5}}, "evaluation.typo_rate=1.5 must be a share"),
+        ({"reference": "lra"}, "reference='lra' is no trained arm; did you mean 'lora'"),
+        ({"reference": "base"}, "reference='base' is no trained arm"),
+        ({"sizes": [8]}, r"sizes=\[8\] must map"),
+        ({"common": {"seed": 3}}, "common: the study itself sets 'seed'"),
+        ({"arms": {"lora": {}}}, "arms must map at least two names"),
+        ({"arms": {"lora": {}, "b": {"trials": [{}, {}]}}}, "arms.b.trials has 2 settings and the reference's has 1"),
+        ({"arms": {"lora": {}, "b": {"trials": {}}}}, "arms.b.trials={} must be a list of mappings"),
+        (
+            {"arms": {"lora": {}, "b": {"untrained": True, "lora_r": 2}}},
+            "arms.b: untrained leaves nothing",
+        ),
+        ({"arms": {"lora": {}, "b": {"ensemble": 0}}}, "arms.b.ensemble=0 must be a whole number of at least 1"),
+        ({"arms": {"lora": {}, "b": {"num_samples": -1}}}, "arms.b.num_samples=-1 must be a whole number"),
+        ({"arms": {"lora": {}, "b": {"temperature": 1.5}}}, "arms.b.temperature=1.5 must be true or false"),
+        ({"arms": {"lora": {}, "b": {"dropout_at_test": True}}}, "arms.b.dropout_at_test needs a number of samples"),
+        (
+            {"arms": {"lora": {}, "b": {"temperature": True, "ensemble": 2}}},
+            "arms.b: ensemble and temperature cannot be combined",
+        ),
+        ({"arms": {"lora": {}, "b": {"untrained": True, "ensemble": 2}}}, "untrained leaves nothing for ensemble"),
+        ({"arms": {"lora": {"max_steps": 2}, "b": {"epochs_factor": 2}}}, "arms.lora.max_steps=2 would hide"),
+    ],
+)
+def test_a_bad_file_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        small_study(tmp_path, **changes)
+    assert "study.yaml" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"families": ["number_sort"]},
+            "families: 'number_sort' is no fine-tuning family; did you",
+        ),
+        (
+            {"arms": {"lora": {}, "b": {"trials": [{"nois_scale": 0.3}]}}},
+            "arms.b, trial 0: .*'nois_scale' is no field; did you mean 'noise_scale'",
+        ),
+        ({"arms": {"lora": {}, "b": {"sam_rho": -1.0}}}, "arms.b, trial 0: sam_rho=-1.0 must not be negative"),
+        (
+            {"arms": {"lora": {}, "b": {"sam_rho": 0.1, "rdrop_weight": 1.0}}},
+            "arms.b, trial 0: .*set one of",
+        ),
+        ({"arms": {"lora": {}, "b": {"num_samples": 5}}}, "arms.b, trial 0: num_samples=5 needs noise or a posterior"),
+        (
+            {"arms": {"lora": {}, "b": {"num_samples": 5, "dropout_at_test": True, "lora_dropout": 0.0}}},
+            "arms.b, trial 0: dropout_at_test needs LoRA .* with dropout, got adapter='lora' and lora_dropout=0.0",
+        ),
+        (
+            {"arms": {"lora": {}, "b": {"ensemble": 2, "adapter": "monteclora"}}},
+            "arms.b, trial 0: ensemble=2 is made of LoRA adapters .*, got adapter='monteclora'",
+        ),
+    ],
+)
+def test_an_arms_fields_are_the_recipes(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_fields(small_study(tmp_path, **changes))
+
+
+def test_overrides_go_from_common_to_size_to_arm_to_trial(tmp_path: Path) -> None:
+    study = small_study(
+        tmp_path,
+        common={"learning_rate": 1.0, "lora_r": 1, "lora_alpha": 1, "warmup_steps": 1},
+        sizes={8: {"learning_rate": 2.0, "lora_r": 2, "lora_alpha": 2, "num_train_epochs": 3}},
+        arms={
+            "lora": {"learning_rate": 3.0, "lora_r": 3, "trials": [{}, {"learning_rate": 4.0}], "epochs_factor": 1.5},
+            "b": {"trials": [{}, {}]},
+        },
+    )
+    config = study.training(study.arm("lora"), 8, seed=1, trial=1)
+    assert [config[name] for name in ("learning_rate", "lora_r", "lora_alpha", "warmup_steps")] == [4.0, 3, 2, 1]
+    assert config["num_train_epochs"] == 4.5
+    assert [config[name] for name in ("train_size", "seed", "data_seed", "families_seed")] == [8, 1, 1, 1]
+
+
+def test_the_studys_baselines_reach_the_training_arguments(tmp_path: Path) -> None:
+    study = small_study(tmp_path, arms={"lora": {}, "sam": {"sam_rho": 0.05}})
+    _, training, adapter = parse_training(study.training(study.arm("sam"), 8, 0, 0), str(tmp_path))
+    assert (training.sam_rho, training.seed, adapter.adapter) == (0.05, 0, "lora")
+
+
+@pytest.mark.parametrize("name", ["two_cores", "full"])
+def test_the_studies_of_this_repository_are_sound(name: str) -> None:
+    study = load_study(ROOT / "studies" / f"{name}.yaml")
+    check_fields(study)
+    assert len(study.seeds) >= 5
+
+
+def test_the_folder_of_a_study_can_be_one_of_many(tmp_path: Path) -> None:
+    path = write_study(tmp_path)
+    path.write_text(path.read_text().replace("/out", "/a+b"))
+    with pytest.raises(ValueError, match=r"output_dir='.*/a\+b' must not contain '\+'"):
+        load_study(path)
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"none\.yaml does not exist"):
+        load_study(tmp_path / "none.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("arms: [")
+    with pytest.raises(ValueError, match=r"broken\.yaml is no YAML"):
+        load_study(broken)
+
+
+def test_the_declaration_of_the_tests_is_sound(tmp_path: Path) -> None:
+    assert set(declaration(tmp_path)) == set(vars(load_study(write_study(tmp_path)))) - {"name"}

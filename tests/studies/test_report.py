@@ -1,0 +1,188 @@
+"""The report on made-up cells whose differences are known."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from studies.compare import Comparison, Measure, Row, compare
+from studies.measure import pack
+from studies.plan import finished_cells
+from studies.report import main, write_report
+from studies.results import read_results, time_ratio
+from studies.spec import Study
+from studies.statistics import Difference
+from studies.store import Store
+from tests.studies.support import finish_cells, finish_trials, small_study, write_study
+
+
+ACCURACY = Measure("standard", "accuracy")
+ARMS: dict[str, Any] = {
+    "base": {"untrained": True},
+    "lora": {"trials": [{"learning_rate": 1e-3}, {"learning_rate": 1e-2}]},
+    "good": {"adapter": "dipnet", "trials": [{"noise_scale": 0.1}, {"noise_scale": 0.3}]},
+    "bad": {"adapter": "dipnet", "trials": [{"noise_scale": 1.0}, {"noise_scale": 3.0}]},
+    "late": {"trials": [{"lora_dropout": 0.1}, {"lora_dropout": 0.2}]},
+}
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> tuple[Study, Store]:
+    study, store = small_study(tmp_path, arms=ARMS, seeds=[0, 1, 2]), Store(tmp_path / "out")
+    finish_trials(study, store)
+    finish_cells(study, store, {"base": 0.0, "lora": 0.5, "good": 0.8, "bad": 0.2}, seeds=(0, 1, 2))
+    store.write_results(finished_cells(study, store))
+    return study, store
+
+
+def _compare(study: Study, store: Store) -> Comparison:
+    return compare(read_results(study, store.folder / "results.jsonl"), 8)
+
+
+def test_differences_verdicts_and_pending_arms(finished: tuple[Study, Store]) -> None:
+    comparison = _compare(*finished)
+    rows = {row.arm: row for row in comparison.rows[ACCURACY]}
+    assert {name: row.verdict(ACCURACY) for name, row in rows.items()} == {
+        "base": "worse",
+        "lora": "",
+        "good": "better",
+        "bad": "worse",
+        "late": "pending",
+    }
+    assert [rows[name].seeds for name in rows] == [1, 3, 3, 3, 0]
+    # Seed 1 has one item of 40 more right, in every arm alike but the base, which is the same for every seed
+    assert rows["lora"].mean == pytest.approx(100 * (0.5 + 1 / 40 / 3))
+    good, base = rows["good"].difference, rows["base"].difference
+    assert good is not None and base is not None
+    assert (good.value, good.seeds, good.higher) == (pytest.approx(30), 3, 3)
+    assert base.value == pytest.approx(-100 * (0.5 + 1 / 40 / 3))
+    assert 0 < good.low < 30 < good.high
+    # Holm over the three arms that have a difference
+    p = sorted((row.difference.p, row.p) for row in rows.values() if row.difference is not None and row.p is not None)
+    assert len(p) == 3 and p[0][1] == pytest.approx(3 * p[0][0])
+    assert rows["base"].spread is None and rows["lora"].spread == pytest.approx(100 / 40 / 3**0.5)
+
+
+def test_less_is_better_for_nll_and_calibration_error(finished: tuple[Study, Store]) -> None:
+    comparison = _compare(*finished)
+    nll = {row.arm: row for row in comparison.rows[Measure("standard", "nll")]}
+    assert nll["good"].mean == pytest.approx(0.5 * (0.8 + 1 / 120) + 2 * (0.2 - 1 / 120), abs=1e-3)
+    assert nll["good"].verdict(Measure("standard", "nll")) == "better"
+    ece = {row.arm: row for row in comparison.rows[Measure("standard", "ece")]}
+    assert ece["lora"].mean == pytest.approx(100 / 120, abs=1e-3)  # a confidence of .5 everywhere
+    assert ece["bad"].verdict(Measure("standard", "ece")) == "worse"
+    assert Measure("unseen", "accuracy") not in comparison.rows  # it was not measured
+
+
+def test_brier_score_auroc_and_the_fitted_temperature(tmp_path: Path) -> None:
+    arms = {"lora": {}, "cool": {"temperature": True}, "sure": {"lora_r": 4}}
+    study, store = small_study(tmp_path, arms=arms), Store(tmp_path / "out")
+    finish_cells(study, store, {"lora": 0.5, "cool": 0.5, "sure": 0.0}, seeds=(0,))
+    finish_cells(study, store, {"lora": 0.5, "cool": 0.5}, seeds=(1,))
+    lines = finished_cells(study, store)
+    for line in lines:
+        if line["arm"] == "cool":
+            line["temperature"] = 1.25 + line["seed"]
+            for tasks in line["sets"].values():
+                for task in tasks.values():
+                    right = np.array([int(digit) for digit in task["correct"]])
+                    task["confidence"] = pack(np.where(right, 0.75, 0.25))
+    comparison = compare(read_results(study, store.write_results(lines)), 8)
+    assert comparison.settings["cool"] == {"temperature": 1.75} and comparison.settings["lora"] == {}
+    assert comparison.discrimination["standard"] == {
+        "lora": {"brier": (0.25, 0.0), "auroc": (0.5, 0.0)},
+        "cool": {"brier": (0.0625, 0.0), "auroc": (1.0, 0.0)},
+        "sure": {"brier": (0.25, None)},  # nothing is right
+    }
+
+
+def test_an_arm_is_compared_in_the_seeds_that_both_have(tmp_path: Path) -> None:
+    study, store = small_study(tmp_path, arms=ARMS, seeds=[0, 1, 2]), Store(tmp_path / "out")
+    finish_trials(study, store)
+    finish_cells(study, store, {"lora": 0.5}, seeds=(0, 1))
+    finish_cells(study, store, {"good": 0.5}, seeds=(1, 2))
+    store.write_results(finished_cells(study, store))
+    rows = {row.arm: row for row in _compare(study, store).rows[ACCURACY]}
+    difference = rows["good"].difference
+    assert difference is not None and rows["good"].seeds == 2
+    assert (difference.seeds, difference.value, difference.p) == (1, 0, 1)
+    assert rows["good"].verdict(ACCURACY) == "too few seeds"
+
+
+def test_a_verdict_needs_the_same_sign_in_every_seed() -> None:
+    def row(higher: int, lower: int, p: float) -> Row:
+        return Row("arm", 5, 50.0, 1.0, Difference(1.0, 0.5, 1.5, p, 5, higher, lower), p)
+
+    assert row(5, 0, 0.01).verdict(ACCURACY) == "better"
+    assert row(5, 0, 0.01).verdict(Measure("standard", "nll")) == "worse"
+    for mixed in (row(4, 1, 0.01), row(4, 0, 0.01), row(5, 0, 0.05)):
+        assert mixed.verdict(ACCURACY) == "no difference shown"
+
+
+def test_the_files_of_a_report(finished: tuple[Study, Store], tmp_path: Path) -> None:
+    study, store = finished
+    docs = tmp_path / "docs"
+    paths = write_report([study], docs)
+    assert all(path.stat().st_size > 0 for path in paths)
+    text = (docs / "results.md").read_text()
+    assert "10 of 13 cells are finished. **Pending:** late (8): 3 seeds." in text
+    assert "| bad | 3 | 20.8 ± 1.4 | -30.0 |" in text and "| late | 0 |  |  |  |  |  | pending |" in text
+    assert "| good | noise_scale 0.3 | 1.00 |" in text
+    assert "![Differences to lora](results/study-8.png)" in text
+    # A confidence of one half everywhere: Brier 1/4, AUROC 1/2
+    assert "**Calibration** on the trained families\n" in text and "| late | pending |  | pending |  |  |  |" in text
+    line = next(line for line in text.splitlines() if line.startswith("| good |") and "0.250 ±" in line)
+    assert line.endswith("| 0.250 ± 0.000 | 0.500 ± 0.000 |") and line.split("|")[3].startswith(" -0.45")
+    content = json.loads((docs / "results" / "study.json").read_text())
+    assert content["sizes"][0]["measures"]["standard accuracy"][2]["verdict"] == "better"
+    # The copy of the cells gives the same report where the runs are not
+    before = {path: path.read_bytes() for path in paths if path.suffix != ".png"}
+    (store.folder / "results.jsonl").unlink()
+    write_report([study], docs)
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_cells_of_an_earlier_declaration_are_left_out(finished: tuple[Study, Store], tmp_path: Path) -> None:
+    _, store = finished
+    arms = {**ARMS, "good": {"adapter": "dipnet", "trials": [{"noise_scale": 0.2}, {"noise_scale": 0.4}]}}
+    changed = small_study(tmp_path, arms=arms, seeds=[0, 1, 2])
+    results = read_results(changed, store.folder / "results.jsonl")
+    assert results.stale == 3 and results.seeds(changed.arm("good"), 8) == []
+    write_report([changed], tmp_path / "docs")
+    assert "3 finished cells of an earlier declaration are left out" in (tmp_path / "docs" / "results.md").read_text()
+
+
+def test_cells_scored_on_other_items_are_refused(finished: tuple[Study, Store]) -> None:
+    study, store = finished
+    path = store.folder / "results.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[2]["sets"]["standard"]["dip_standard_number_sorting"]["items"] = "f" * 16
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ValueError, match="'good' was scored on other items"):
+        read_results(study, path)
+
+
+def test_the_training_time_ratio_is_paired_by_seed(tmp_path: Path) -> None:
+    study, store = small_study(tmp_path, arms=ARMS, seeds=[0, 1]), Store(tmp_path / "out")
+    finish_trials(study, store)
+    finish_cells(study, store, {"lora": 0.5, "good": 0.5})
+    lines = finished_cells(study, store)
+    for line in lines:
+        line["training"] = {"seconds": (line["seed"] + 1) * (3.0 if line["arm"] == "good" else 2.0)}
+    results = read_results(study, store.write_results(lines))
+    assert time_ratio(results, study.arm("good"), 8) == pytest.approx(1.5)
+    assert time_ratio(results, study.arm("base"), 8) is None and time_ratio(results, study.arm("late"), 8) is None
+
+
+def test_a_study_that_has_not_begun_is_pending(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([str(write_study(tmp_path)), "--docs", str(tmp_path / "docs")])
+    assert "results.md" in capsys.readouterr().out
+    text = (tmp_path / "docs" / "results.md").read_text()
+    assert "0 of 5 cells are finished. **Pending:** base: 1 seed, lora (8): 2 seeds, neftune (8): 2 seeds." in text
+
+
+def test_bad_input_stops_the_command(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"studies.report: .*none\.yaml does not exist"):
+        main([str(tmp_path / "none.yaml")])

@@ -1,0 +1,87 @@
+"""Running a study: workers that die, jobs that fail, and what the next run makes of it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from studies.plan import Job
+from studies.run import Progress, main, run
+from tests.studies.support import small_study, write_study
+from tests.studies.workload import do
+
+
+def _calls(folder: Path) -> list[str]:
+    path = folder / "calls"
+    calls = path.read_text().splitlines() if path.exists() else []
+    path.unlink(missing_ok=True)
+    return calls
+
+
+def test_a_study_survives_a_killed_worker_and_a_failed_job(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    study, out = small_study(tmp_path), tmp_path / "out"
+    out.mkdir()
+    (out / "kill-lora").touch()
+    (out / "raise-neftune").touch()
+    (out / "cells").mkdir()
+    (out / "cells" / "left-by-a-kill.part").touch()
+    assert run(study, do, 2) == 2  # neftune's two trials
+    first = _calls(out)
+    tried = sum(call.startswith("trial lora size 8") for call in first)
+    assert tried == 3  # one of two was killed, and tried again
+    assert not [call for call in first if call.startswith("cell neftune")]
+    lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert [(line["arm"], line["size"], line["seed"]) for line in lines] == [
+        ("base", None, None),
+        ("lora", 8, 0),
+        ("lora", 8, 1),
+    ]
+    assert lines[1]["trial_overrides"] == {"learning_rate": 1e-3}
+    assert "asked to fail" in next((out / "failures").iterdir()).read_text()
+    assert not list(out.glob("*/*.part"))
+    printed = capfd.readouterr().out
+    assert "the worker died with exit code -9" in printed and "min left" in printed
+    assert "3 of 5 cells are finished" in printed
+
+    (out / "raise-neftune").unlink()
+    assert run(study, do, 1, hours=0) == 0 and _calls(out) == []  # no time, no job
+    assert run(study, do, 1) == 0
+    assert _calls(out) == [
+        *(f"trial neftune size 8 seed 0 trial {trial}" for trial in (0, 1)),
+        *(f"cell neftune size 8 seed {seed}" for seed in (0, 1)),
+    ]
+    assert not list((out / "failures").iterdir())
+    assert run(study, do, 1) == 0 and _calls(out) == []  # nothing is left
+    assert len((out / "results.jsonl").read_text().splitlines()) == 5
+
+
+def test_a_study_is_done_in_parts(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    study, out = small_study(tmp_path), tmp_path / "out"
+    out.mkdir()
+    assert run(study, do, 1, only=["neftune"]) == 0
+    assert "2 of 2 cells of neftune are finished" in capfd.readouterr().out
+    assert {call.split()[1] for call in _calls(out)} == {"neftune"}
+    assert run(study, do, 1, only=["base", "neftune"]) == 0
+    assert _calls(out) == ["cell base"]
+    lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert [line["arm"] for line in lines] == ["base", "neftune", "neftune"]  # the first part's stay
+
+
+def test_the_time_left_is_estimated_from_the_nearest_jobs() -> None:
+    progress = Progress(workers=2)
+    rest = [("cell", "lora", 8), ("cell", "neftune", 8), ("trial", "neftune", 8), ("cell", "lora", 99)]
+    assert progress.left(rest) is None
+    for kind, arm, seconds in (("cell", "lora", 10.0), ("cell", "dipnet", 30.0), ("trial", "lora", 5.0)):
+        progress.note(Job(kind, arm, 8, 0, 0, ("t",), "k"), seconds)
+    expected = [10.0, (10 + 30) / 2, 5.0, (10 + 30 + 5) / 3]
+    assert progress.left(rest) == pytest.approx(sum(expected) / 2)
+    assert progress.left([]) == 0
+
+
+def test_bad_input_stops_the_command(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"studies.run: --workers 0 must be at least 1"):
+        main([str(write_study(tmp_path)), "--workers", "0"])
+    with pytest.raises(SystemExit, match=r"studies.run: --arms: 'neftun' is no arm of .*; did you mean 'neftune'"):
+        main([str(write_study(tmp_path)), "--arms", "lora", "neftun"])
+    with pytest.raises(SystemExit, match=r"studies.run: .*seeds=\[\] must be a list"):
+        main([str(write_study(tmp_path, seeds=[]))])

@@ -1,0 +1,91 @@
+"""Closed forms of Holm's correction, the bootstrap and the calibration error."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dip_hf.evaluation.calibration import expected_calibration_error
+from studies.statistics import Resampler, holm
+
+
+def _resampler(seeds: int, items: list[int], resamples: int = 4000) -> Resampler:
+    return Resampler(seeds, items, np.random.default_rng(0), resamples)
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_holm_lies_between_p_and_bonferroni_and_keeps_the_order(p: list[float]) -> None:
+    adjusted = holm(p)
+    assert all(one <= two <= min(1, len(p) * one) + 1e-12 for one, two in zip(p, adjusted, strict=True))
+    order = sorted(range(len(p)), key=p.__getitem__)
+    assert [adjusted[i] for i in order] == sorted(adjusted)
+
+
+def test_equal_scores_give_zero_and_a_constant_difference_itself() -> None:
+    scores = [np.random.default_rng(1).random((3, 7)), np.random.default_rng(2).random((3, 5))]
+    resampler = _resampler(3, [7, 5])
+    same = resampler.difference(resampler.means(scores), resampler.means(scores))
+    assert (same.value, same.low, same.high, same.p, same.higher, same.lower, same.seeds) == (0, 0, 0, 1.0, 0, 0, 3)
+    higher = resampler.means([stratum + 0.25 for stratum in scores])
+    shifted = resampler.difference(higher, resampler.means(scores))
+    assert [shifted.value, shifted.low, shifted.high] == pytest.approx([0.25] * 3)
+    assert shifted.p == pytest.approx(2 / 4001) and (shifted.higher, shifted.lower) == (3, 0)
+
+
+def test_the_resamples_variance_is_the_two_way_bootstraps() -> None:
+    """For a_s + b_i the resampled mean's variance is that of both parts' means: Σ(a - ā)²/S² + Σ(b - b̄)²/n²."""
+    a, b = np.array([0.0, 0.3, -0.2, 0.5]), np.linspace(-1, 2, 30) ** 2
+    resampler = _resampler(4, [30], resamples=40_000)
+    _, resampled = resampler.means([a[:, None] + b])
+    means = (resampled * resampler.seed_weights).sum(axis=1)
+    assert means.mean() == pytest.approx(a.mean() + b.mean(), abs=0.01)
+    assert means.var() == pytest.approx(a.var() / 4 + b.var() / 30, rel=0.03)
+
+
+def test_an_item_is_drawn_for_all_seeds_and_tasks_weigh_alike() -> None:
+    """One resample by hand from the weights."""
+    rng = np.random.default_rng(3)
+    scores = [rng.random((2, 3)), rng.random((2, 6))]
+    resampler = _resampler(2, [3, 6], resamples=5)
+    observed, resampled = resampler.means(scores)
+    assert observed == pytest.approx([(scores[0][s].mean() + scores[1][s].mean()) / 2 for s in (0, 1)])
+    for r in range(5):
+        by_hand = [np.mean([(scores[t][s] * resampler.item_weights[t][r]).sum() for t in (0, 1)]) for s in (0, 1)]
+        assert resampled[r] == pytest.approx(by_hand)
+    assert np.allclose(resampler.seed_weights.sum(axis=1), 1)
+
+
+def test_the_calibration_error_is_the_evaluations_for_one_seed_and_task() -> None:
+    rng = np.random.default_rng(4)
+    confidences = rng.random((2, 50))
+    right = (rng.random((2, 50)) < confidences**2).astype(float)
+    resampler = _resampler(2, [50], resamples=3)
+    observed, resampled = resampler.calibration_errors([confidences], [right])
+    assert observed == pytest.approx([expected_calibration_error(confidences[s], right[s]) for s in (0, 1)])
+    drawn = np.repeat(np.arange(50), (resampler.item_weights[0][0] * 50).round().astype(int))
+    by_hand = [expected_calibration_error(confidences[s][drawn], right[s][drawn]) for s in (0, 1)]
+    assert resampled[0] == pytest.approx(by_hand)
+
+
+def test_scores_of_another_shape_and_nothing_to_resample_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"must have the shapes \[\(2, 3\)\]"):
+        _resampler(2, [3]).means([np.zeros((3, 2))])
+    with pytest.raises(ValueError, match="must all be at least 1"):
+        _resampler(0, [3])
+
+
+def test_five_seeds_that_alone_vary_are_covered_as_the_report_says() -> None:
+    """The percentile interval of five normal seeds' mean covers P(|t_4| < 1.96 √(4/5)), about 85%."""
+    rng, covered = np.random.default_rng(5), 0
+    resampler = _resampler(5, [1], resamples=1000)
+    zero = resampler.means([np.zeros((5, 1))])
+    for _ in range(1500):
+        difference = resampler.difference(resampler.means([rng.standard_normal((5, 1))]), zero)
+        covered += difference.low <= 0 <= difference.high
+    assert covered / 1500 == pytest.approx(0.85, abs=0.035)
