@@ -133,6 +133,15 @@ def gaussian(
     return (_draw(streams, size) if streams else torch.from_numpy(np.empty(0))).view(shape).to(dtype)
 
 
+def few_gaussians(count: int, seed: int) -> Tensor:
+    """Standard normal noise, shape (count,), fp32, on the CPU, from the digests of `seed` and a counter.
+
+    The distribution is `gaussian`'s on the CPU. For a handful of numbers, where a generator would be most of the cost.
+    """
+    digests = (hashlib.blake2b(struct.pack("<2q", seed, block)).digest() for block in range(-(-count // 32)))
+    return torch.from_numpy(_normal_quantiles()[np.frombuffer(b"".join(digests), np.uint16, count)])
+
+
 def _noise_by_rows(like: Tensor, key: Tensor, layer: int, trajectories: int) -> Iterator[tuple[slice, Tensor]]:
     """Noise for `like` seen as rows of its last dimension: pairs of a range of rows and their noise.
 

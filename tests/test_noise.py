@@ -14,7 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from dip_hf.noise import NoiseKey, _normal_quantiles, add_noise, derive_seed, gaussian, noise_gradient
+from dip_hf.noise import (
+    NoiseKey,
+    _normal_quantiles,
+    add_noise,
+    derive_seed,
+    few_gaussians,
+    gaussian,
+    noise_gradient,
+)
 
 
 CPU = torch.device("cpu")
@@ -171,6 +179,18 @@ def test_distance_and_support_are_the_documented_ones() -> None:
     assert max(np.abs(levels[1:] - exact).max(), np.abs(exact - levels[:-1]).max()) < 1.05e-5
     assert 4.3 < quantiles.max() < 4.4 and quantiles.min() == pytest.approx(-quantiles.max())
     assert (quantiles**2).mean() == pytest.approx(1, abs=1e-6)
+
+
+@given(st.integers(0, 100), st.integers(0, 100), st.integers(-(2**63), 2**63 - 1))
+def test_few_numbers_are_the_first_of_many(one: int, other: int, seed: int) -> None:
+    few, many = sorted((few_gaussians(one, seed), few_gaussians(other, seed)), key=len)
+    assert torch.equal(few, many[: len(few)])
+
+
+def test_few_numbers_are_standard_normal_over_seeds() -> None:
+    numbers = torch.stack([few_gaussians(40, seed) for seed in range(500)]).double()
+    assert stats.kstest(numbers.flatten().numpy(), "norm").pvalue > 1e-3
+    torch.testing.assert_close(numbers.T.cov(), torch.eye(40).double(), atol=0.25, rtol=0)
 
 
 def test_a_forked_process_draws_too(restore_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:

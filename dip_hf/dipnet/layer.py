@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -12,9 +13,10 @@ from torch.utils.hooks import RemovableHandle
 
 from dip_hf.dipnet.functional import token_rms
 from dip_hf.dipnet.trajectories import repeat_rows
+from dip_hf.ibvi.layer import active_posteriors
 from dip_hf.noise import add_noise
 from dip_hf.noise_state import NoiseState
-from dip_hf.peft_compat import BaseTunerLayer, check_adapters_to_merge
+from dip_hf.peft_compat import BaseTunerLayer, LoraLayer, check_adapters_to_merge
 
 
 LOG_VARIANCE = "lora_dip_log_variance"
@@ -180,3 +182,13 @@ class NoiseSite(nn.Module, BaseTunerLayer):
         if args:
             return (self(args[0]), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": self(kwargs["hidden_states"])}
+
+
+def random_layers(model: nn.Module) -> Iterator[int]:
+    """Indices of blocks that would add noise, or sample weights, in a forward pass now; lazily, in no order."""
+    for module in model.modules():
+        if isinstance(module, NoiseSite):
+            if module.noised_adapter() is not None:
+                yield module.layer
+        elif isinstance(module, LoraLayer):
+            yield from (leaf.block for leaf in active_posteriors(module))

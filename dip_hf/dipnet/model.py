@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dip_hf.blocks import find_decoder_blocks, select_blocks
 from dip_hf.dipnet.config import DIPNetConfig
-from dip_hf.dipnet.layer import NoiseSite
+from dip_hf.dipnet.layer import NoiseSite, random_layers
 from dip_hf.dipnet.trajectories import fold_trajectories
 from dip_hf.dipnet.weight_checks import CheckedLoraModel
 from dip_hf.ibvi.layer import Covariance, active_covariances, make_point
@@ -216,13 +216,16 @@ class DIPNetModel(CheckedLoraModel):
             )
         state = self.noise_state(self.model)
         with state.passes_under(key, posterior_key or key, trajectories):
-            layers = [*self.noised_layers(), *self.variational_layers()]
-            if not layers:
+            layers = random_layers(self.model)
+            first = next(layers, None)
+            if first is None:
                 raise ValueError(
                     "sampling: the active adapter adds no noise and has no posterior; activate an unmerged DIPNet one."
                 )
-            names = self.peft_config[self.active_adapters[0]].block_names
-            blocks = [self.model.get_submodule(name) for name in names[min(layers) :]]
+            blocks = []
+            if trajectories > 1:
+                names = self.block_names()[min([first, *layers]) :]
+                blocks = [self.model.get_submodule(name) for name in names]
             with fold_trajectories(blocks, trajectories, state):
                 yield state.log_variances
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dip_hf.noise import NoiseKey, derive_seed, gaussian
+from dip_hf.noise import NoiseKey, derive_seed, few_gaussians, gaussian
 
 
 _ABOVE_ANY_BLOCK = 1 << 62
@@ -44,7 +45,6 @@ def initial_covariance(rank: int, shape: tuple[int, int], scale: float, seed: in
         return gaussian((rank, *shape), place, torch.device("cpu")) * (scale / (shape[1] * rank) ** 0.5)
 
 
-@torch.library.custom_op("dip_hf::posterior_coefficients", mutates_args=())
 def posterior_coefficients(key: Tensor, number: int, trajectories: int, rank: int) -> Tensor:
     """z ~ N(0, I_R), one per trajectory: shape (m, R), fp32, on the CPU.
 
@@ -56,11 +56,16 @@ def posterior_coefficients(key: Tensor, number: int, trajectories: int, rank: in
         trajectories: m.
         rank: R.
     """
-    seeds = [derive_seed(key, number, j) for j in range(trajectories)]
-    return torch.stack([gaussian((rank,), seed, torch.device("cpu")) for seed in seeds])
+    return torch.stack([few_gaussians(rank, derive_seed(key, number, j)) for j in range(trajectories)])
 
 
-@posterior_coefficients.register_fake
+# Opaque to `torch.compile`; called outside of it, an operator's own cost would be many times the function's.
+compiled_coefficients = torch.library.custom_op("dip_hf::posterior_coefficients", mutates_args=())(
+    posterior_coefficients
+)
+
+
+@compiled_coefficients.register_fake
 def _(key: Tensor, number: int, trajectories: int, rank: int) -> Tensor:
     return torch.empty(trajectories, rank, dtype=torch.float32)
 
@@ -75,7 +80,8 @@ def deviation(covariance: Tensor, coefficients: Tensor) -> Tensor:
     Returns:
         Shape (m, r, n).
     """
-    with torch.autocast(covariance.device.type, enabled=False):
+    kind = covariance.device.type
+    with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
         return (coefficients @ covariance.flatten(1)).unflatten(1, covariance.shape[1:])
 
 

@@ -7,7 +7,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dip_hf.ibvi.functional import deviation, initial_covariance, posterior_coefficients, posterior_number, project
+from dip_hf.ibvi.functional import (
+    compiled_coefficients,
+    deviation,
+    initial_covariance,
+    posterior_coefficients,
+    posterior_number,
+    project,
+)
 from dip_hf.noise import derive_seed
 from dip_hf.noise_state import NoiseState
 from dip_hf.peft_compat import LoraLayer, LoraVariant
@@ -17,22 +24,22 @@ COVARIANCE = "lora_dip_covariance"
 """Name of the ModuleDict that a variational LoRA layer gets."""
 
 
-class _Tagged(torch.autograd.Function):
-    """The identity, which saves an empty tensor whose shape is a number that stands for the sample.
+class _Deviation(torch.autograd.Function):
+    """`deviation`, which also saves an empty tensor whose shape is a number that stands for the sample.
 
     A checkpoint compares the shapes of what is saved in the forward pass and in its recomputation: one that would
     recompute with another sample, of a later pass, stops with an error and not with a wrong gradient.
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, tag: int) -> Tensor:
-        ctx.save_for_backward(weight.new_empty(0, tag))
-        return weight.view_as(weight)
+    def forward(ctx: Any, covariance: Tensor, coefficients: Tensor, tag: int) -> Tensor:
+        ctx.save_for_backward(coefficients, coefficients.new_empty(0, tag))
+        return deviation(covariance, coefficients)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        _ = ctx.saved_tensors
-        return grads[0], None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        coefficients, _ = ctx.saved_tensors
+        return deviation(grads[0], coefficients.mT), None, None
 
 
 class Covariance(nn.Module):
@@ -103,12 +110,14 @@ class Covariance(nn.Module):
                 f"tokens of {self.state.tokens}, as an expert does; leave it out of variational_blocks or "
                 "target_modules, or sample one trajectory."
             )
-        z = posterior_coefficients(key, number, trajectories, self.rank)
         covariance = self.weight.float() if self.weight.dtype.itemsize < 4 else self.weight
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            covariance = _Tagged.apply(covariance, derive_seed(key, number, trajectories) & (2**31 - 1))
-        weights = (mean + deviation(covariance, z.to(covariance))).to(mean.dtype)
-        return project(x, weights)
+        if torch.compiler.is_compiling():
+            z = compiled_coefficients(key, number, trajectories, self.rank).to(covariance)
+            sample = deviation(covariance, z)
+        else:
+            z = posterior_coefficients(key, number, trajectories, self.rank).to(covariance)
+            sample = _Deviation.apply(covariance, z, derive_seed(key, number, trajectories) & (2**31 - 1))
+        return project(x, (mean + sample).to(mean.dtype))
 
 
 class VariationalLora(LoraVariant):
@@ -167,12 +176,15 @@ def make_point(module: nn.Module, adapter_name: str) -> None:
         layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, adapter_name: (COVARIANCE,)}
 
 
+def active_posteriors(layer: LoraLayer) -> list[Covariance]:
+    """The posteriors of one LoRA layer that a sampled forward pass would draw from now."""
+    module: Any = layer
+    if not covariances(module) or module.disable_adapters or module.merged:
+        return []
+    return [leaf for name, leaf in covariances(module).items() if name in module.active_adapters]
+
+
 def active_covariances(model: nn.Module) -> list[Covariance]:
     """The posteriors that a sampled forward pass would draw from now."""
-    return [
-        leaf
-        for module in model.modules()
-        if isinstance(module, LoraLayer) and not module.disable_adapters and not module.merged
-        for name, leaf in covariances(module).items()
-        if name in module.active_adapters
-    ]
+    layers = (module for module in model.modules() if isinstance(module, LoraLayer))
+    return [leaf for layer in layers for leaf in active_posteriors(layer)]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dip_hf import NoiseKey
 from dip_hf.ibvi.functional import posterior_number
 from dip_hf.ibvi.layer import Covariance, covariances
-from dip_hf.noise import derive_seed, gaussian
+from dip_hf.noise import derive_seed, few_gaussians
 from dip_hf.peft_compat import clean_name
 from tests.dipnet.models import adapt
 
@@ -35,7 +35,7 @@ def posteriors(model: nn.Module, adapter_name: str = "default") -> dict[str, tup
 
 def coefficients(name: str, key: NoiseKey, trajectory: int, rank: int) -> Tensor:
     """z of a layer, shape (R,), from the noise functions alone."""
-    return gaussian((rank,), derive_seed(key.tensor(), posterior_number(name), trajectory), torch.device("cpu"))
+    return few_gaussians(rank, derive_seed(key.tensor(), posterior_number(name), trajectory))
 
 
 @contextmanager
