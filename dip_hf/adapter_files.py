@@ -17,6 +17,9 @@ from safetensors import SafetensorError, safe_open
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLED_NAME = "adapter_model.bin"
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Tensor names of a weight file, and the shapes that its header declares."""
 LARGEST_CONFIG = 1 << 20
 """Bytes; a config that lists every module of a large model has a few hundred thousand."""
 
@@ -73,7 +76,7 @@ def read_config(folder: Path) -> Mapping[str, Any]:
     return content
 
 
-def declared_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+def declared_shapes(folder: Path) -> Shapes:
     """Names and shapes that the header of a folder's weight file declares; nothing is allocated for the tensors.
 
     Raises:

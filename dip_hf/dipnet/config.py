@@ -11,9 +11,15 @@ from typing import Any, Self
 
 from peft import LoraConfig
 
-from dip_hf.adapter_files import WEIGHTS_NAME, check_adapter_folder, declared_shapes, fetch_weights, read_config
-from dip_hf.dipnet.field_checks import check_fields
-from dip_hf.dipnet.weight_checks import Shapes, check_declared
+from dip_hf.adapter_files import (
+    WEIGHTS_NAME,
+    Shapes,
+    check_adapter_folder,
+    declared_shapes,
+    fetch_weights,
+    read_config,
+)
+from dip_hf.dipnet.field_checks import check_declared, check_fields
 from dip_hf.peft_compat import DUMMY_TARGET_MODULES, DIPPeftType, requested_variants
 
 

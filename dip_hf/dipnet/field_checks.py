@@ -12,6 +12,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from peft import LoraConfig
 
+from dip_hf.adapter_files import Shapes
+
 
 LARGEST_INT = 2**63 - 1
 """A tensor's integers have 64 bits."""
@@ -164,3 +166,20 @@ def _short(value: Any) -> str:
     except ValueError:  # Python writes no integer of more than 4300 digits
         text = "an integer of thousands of digits"
     return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def check_declared(config: LoraConfig, shapes: Shapes) -> None:
+    """Refuse a configuration that asks for more than its weight file holds.
+
+    Raises:
+        ValueError: `modules_to_save` or `trainable_token_indices` asks for weights that the file has not.
+    """
+    for name in config.modules_to_save or ():
+        if not any(f".{name}." in key for key in shapes):
+            raise ValueError(
+                f"modules_to_save: the weight file holds nothing of {name!r}; save or download the adapter again."
+            )
+    if config.trainable_token_indices is not None and not any("trainable_tokens_" in key for key in shapes):
+        raise ValueError(
+            "trainable_token_indices: the weight file holds no trained tokens; correct it, or save the adapter again."
+        )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dip_hf.adapter_files import Shapes
 from dip_hf.blocks import select_blocks
 from dip_hf.ibvi.layer import COVARIANCE
 from dip_hf.peft_compat import BaseTunerLayer, LoraModel, clean_name, get_pattern_key
@@ -17,27 +18,7 @@ if TYPE_CHECKING:
     from dip_hf.dipnet.config import DIPNetConfig
 
 
-Shapes = Mapping[str, tuple[int, ...]]
-"""Tensor names of a weight file, and the shapes that its header declares."""
-
 _FILE_PREFIX = "base_model.model."
-
-
-def check_declared(config: DIPNetConfig, shapes: Shapes) -> None:
-    """Refuse a configuration that asks for more than its weight file holds.
-
-    Raises:
-        ValueError: `modules_to_save` or `trainable_token_indices` asks for weights that the file has not.
-    """
-    for name in config.modules_to_save or ():
-        if not any(f".{name}." in key for key in shapes):
-            raise ValueError(
-                f"modules_to_save: the weight file holds nothing of {name!r}; save or download the adapter again."
-            )
-    if config.trainable_token_indices is not None and not any("trainable_tokens_" in key for key in shapes):
-        raise ValueError(
-            "trainable_token_indices: the weight file holds no trained tokens; correct it, or save the adapter again."
-        )
 
 
 def check_target(config: DIPNetConfig, name: str, target: nn.Module, shapes: Shapes) -> None:
