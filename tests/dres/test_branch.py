@@ -168,7 +168,7 @@ def test_activation_checkpointing_changes_no_gradient(placement: str) -> None:
 def test_reentrant_checkpoints_are_refused_at_tokens() -> None:
     model = model_of().train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-    with pytest.raises(ValueError, match="activation_checkpointing_kwargs=.*use_reentrant"):
+    with pytest.raises(ValueError, match=r"activation_checkpointing_kwargs=.*use_reentrant"):
         run(model, branch_of(model, "token"), batch_of(4))
 
 
