@@ -66,7 +66,7 @@ def test_a_config_comes_back_from_its_record(tmp_path: Path) -> None:
             {"hub_token": 1, "pad_token": "p", "nested": [{"API_KEY": 2, "r": 3}]},
             {"pad_token": "p", "nested": [{"r": 3}]},
         ),
-        ({"b", "a"}, ["a", "b"]),
+        pytest.param({"b", "a"}, ["a", "b"], id="a set, whose order is that of no run"),
         (True, True),
     ],
     ids=str,
