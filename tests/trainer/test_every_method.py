@@ -19,6 +19,7 @@ from trl import SFTTrainer
 
 from dip_hf import DIPNetConfig, export_lora
 from dip_hf.dipnet.export import NOISE_PREFIX
+from dip_hf.ibvi.layer import COVARIANCE
 from dip_hf.dipnet.layer import LOG_VARIANCE
 from tests.trainer.methods import METHODS, Method
 from tests.trainer.tiny import assert_close, base_model, gradients, losses, make_trainer, tokenised
@@ -101,6 +102,13 @@ def trained_noise(trainer: Any) -> dict[str, torch.nn.Parameter]:
     return {key: p for key, p in trainer.model.named_parameters() if f".{NOISE_PREFIX}" in key and p.requires_grad}
 
 
+def assert_moved(trainer: Any, before: dict[str, torch.Tensor]) -> None:
+    """All are in fp32 and were trained: a covariance's element may get a gradient below its resolution, few do."""
+    for key, parameter in trained_noise(trainer).items():
+        assert parameter.dtype == torch.float32
+        assert (parameter != before[key]).double().mean() >= (0.99 if COVARIANCE in key else 1)
+
+
 @every_method
 def test_bfloat16(name: str, tmp_path: Path) -> None:
     """A bfloat16 base trains; the log-variances stay in fp32 and move."""
@@ -111,7 +119,7 @@ def test_bfloat16(name: str, tmp_path: Path) -> None:
     before = {key: p.detach().clone() for key, p in trained_noise(trainer).items()}
     trainer.train()
     assert torch.isfinite(torch.tensor(losses(trainer))).all()
-    assert all(p.dtype == torch.float32 and (p != before[key]).all() for key, p in trained_noise(trainer).items())
+    assert_moved(trainer, before)
 
 
 @pytest.fixture(scope="session")
@@ -131,7 +139,7 @@ def test_quantised(name: str, saved_base: Path, tmp_path: Path) -> None:
     before = {key: p.detach().clone() for key, p in trained_noise(trainer).items()}
     trainer.train()
     assert torch.isfinite(torch.tensor(losses(trainer))).all()
-    assert all(p.dtype == torch.float32 and (p != before[key]).all() for key, p in trained_noise(trainer).items())
+    assert_moved(trainer, before)
 
 
 RESUMED = {"max_steps": 8, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_steps": 2}
