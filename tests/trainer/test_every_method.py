@@ -19,8 +19,8 @@ from trl import SFTTrainer
 
 from dip_hf import DIPNetConfig, export_lora
 from dip_hf.dipnet.export import NOISE_PREFIX
-from dip_hf.ibvi.layer import COVARIANCE
 from dip_hf.dipnet.layer import LOG_VARIANCE
+from dip_hf.ibvi.layer import COVARIANCE
 from tests.trainer.methods import METHODS, Method
 from tests.trainer.tiny import assert_close, base_model, gradients, losses, make_trainer, tokenised
 
