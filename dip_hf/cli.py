@@ -8,6 +8,28 @@ from collections.abc import Sequence
 from typing import Any
 
 
+def _fields(options: argparse.Namespace) -> dict[str, Any]:
+    """What was given of a command's own settings, which have the defaults."""
+    return {name: value for name, value in vars(options).items() if name not in ("command", "run")}
+
+
+def _add_export(commands: Any) -> None:
+    export = commands.add_parser(
+        "export-lora", help="write a DIPNet adapter as a plain LoRA adapter that PEFT loads without dip_hf"
+    )
+    export.set_defaults(run=_export)
+    export.add_argument("adapter", metavar="ADAPTER", help="folder of a DIPNet adapter")
+    export.add_argument("output", metavar="OUT", help="folder to write; must not exist, or be empty")
+
+
+def _export(options: argparse.Namespace) -> int:
+    from dip_hf.dipnet.export import export_lora
+
+    output = export_lora(options.adapter, options.output)
+    print(f"A plain LoRA adapter stands in {output}; load it with peft.PeftModel.from_pretrained.")
+    return 0
+
+
 def _add_diagnose(commands: Any) -> None:
     """Add the `diagnose` command; its options are the fields of `dip_hf.diagnostics.run.DiagnoseSettings`."""
     diagnose = commands.add_parser(
@@ -15,6 +37,7 @@ def _add_diagnose(commands: Any) -> None:
         help="measure how smooth and how robust a checkpoint is",
         argument_default=argparse.SUPPRESS,  # the settings have the defaults
     )
+    diagnose.set_defaults(run=_diagnose)
     add = diagnose.add_argument
     add("adapter", metavar="ADAPTER", help="folder of an adapter, or of a whole model")
     add("--base", help="what the adapter stands on; default: what its config names")
@@ -36,7 +59,7 @@ def _add_diagnose(commands: Any) -> None:
 def _diagnose(options: argparse.Namespace) -> int:
     from dip_hf.diagnostics.run import DiagnoseSettings, diagnose, to_text, write
 
-    settings = DiagnoseSettings(**{name: value for name, value in vars(options).items() if name != "command"})
+    settings = DiagnoseSettings(**_fields(options))
     result = diagnose(settings)
     print(to_text(result))
     for path in write(result, settings.folder):
@@ -51,6 +74,7 @@ def _add_push(commands: Any) -> None:
         help="push a finished run to the Hub, in one commit",
         argument_default=argparse.SUPPRESS,  # the settings have the defaults
     )
+    push.set_defaults(run=_push)
     add = push.add_argument
     add("folder", metavar="FOLDER", help="folder of a finished run: an adapter, or a whole model")
     add("repo_id", metavar="REPO_ID", help="repository on the Hub, such as you/name; made where it is missing")
@@ -68,50 +92,33 @@ def _add_push(commands: Any) -> None:
 
 
 def _push(options: argparse.Namespace) -> int:
-    from dip_hf.hub import PushSettings, push
+    from dip_hf.hub import HubError, PushSettings, push
 
-    settings = PushSettings(**{name: value for name, value in vars(options).items() if name != "command"})
-    commit = push(settings, show=print)
+    try:
+        commit = push(PushSettings(**_fields(options)), show=print)
+    except HubError as error:
+        print(f"dip-hf push: {error}", file=sys.stderr)
+        return 1
     print("Dry run: nothing was sent." if commit is None else f"Pushed: {commit.commit_url}")
     return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code, 2 for input that makes no sense.
+    """Run the command line; returns the exit code, 2 for input that makes no sense, 1 where the Hub refuses.
 
     Args:
         arguments: without the program's name; default: the process's own.
     """
     parser = argparse.ArgumentParser(prog="dip-hf", description="Tools for adapters trained with dip_hf.")
     commands = parser.add_subparsers(dest="command", required=True)
-    export = commands.add_parser(
-        "export-lora", help="write a DIPNet adapter as a plain LoRA adapter that PEFT loads without dip_hf"
-    )
-    export.add_argument("adapter", metavar="ADAPTER", help="folder of a DIPNet adapter")
-    export.add_argument("output", metavar="OUT", help="folder to write; must not exist, or be empty")
-    _add_diagnose(commands)
-    _add_push(commands)
+    for add_command in (_add_export, _add_diagnose, _add_push):
+        add_command(commands)
     options = parser.parse_args(arguments)
-
-    # Imports here and below, so that --help and a mistyped option answer at once
     try:
-        if options.command == "diagnose":
-            return _diagnose(options)
-        if options.command == "push":
-            return _push(options)
-        from dip_hf.dipnet.export import export_lora
-
-        output = export_lora(options.adapter, options.output)
+        return int(options.run(options))
     except (ImportError, ValueError) as error:
         print(f"dip-hf {options.command}: {error}", file=sys.stderr)
         return 2
-    except RuntimeError as error:  # the Hub's refusals; dip_hf.hub.HubError is not imported for other commands
-        if options.command != "push":
-            raise
-        print(f"dip-hf {options.command}: {error}", file=sys.stderr)
-        return 1
-    print(f"A plain LoRA adapter stands in {output}; load it with peft.PeftModel.from_pretrained.")
-    return 0
 
 
 if __name__ == "__main__":

@@ -83,8 +83,9 @@ def push(
     """
     with tempfile.TemporaryDirectory() as work:
         staging = stage(settings, Path(work), tags)
-        for line in describe(staging) if show is not None else ():
-            show(line)  # type: ignore[misc]  # not None in here
+        if show is not None:
+            for line in describe(staging):
+                show(line)
         if settings.dry_run:
             return None
         return _Push(settings, HfApi(endpoint=endpoint, token=token), waits).run(staging, own_commits)
