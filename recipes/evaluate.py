@@ -51,6 +51,10 @@ class EvaluationArguments:
         default=None,
         metadata={"help": "Fine-tuning families the checkpoints were trained on; the others' tasks are left out."},
     )
+    split: str = field(
+        default="test",
+        metadata={"help": "`test`, or `validation` to choose settings by; of this project's tasks only."},
+    )
     limit: int | None = field(
         default=None, metadata={"help": "The first so many items of each task; all if not given."}
     )
@@ -99,6 +103,7 @@ def main(argv: list[str] | None = None) -> None:
             tasks=tuple(arguments.tasks),
             include_path=arguments.include_path,
             families=None if arguments.families is None else tuple(arguments.families),
+            split=arguments.split,
             limit=arguments.limit,
             batch_size=arguments.batch_size,
             num_samples=arguments.num_samples,

@@ -17,13 +17,17 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from dip_hf.adapter_files import CONFIG_NAME
-from dip_hf.diagnostics import make_batches, robustness, suite_rows
+from dip_hf.diagnostics import make_batches, suite_rows
+from dip_hf.diagnostics.functional import score_answers
+from dip_hf.diagnostics.passes import prepare_batches
 from dip_hf.evaluation.environment import describe_environment
+from dip_hf.evaluation.sampling import DropoutSampler, NoiseSampler, Sampler
+from dip_hf.noise import NoiseKey
 from recipes.sft import make_trainer
 from studies.arguments import parse_training
 from studies.measure import measure, probe
 from studies.plan import Job
-from studies.spec import Study
+from studies.spec import Arm, Study
 from studies.store import Store, write_text
 from studies.trainers import trainer_class
 
@@ -41,7 +45,7 @@ def run_job(study: Study, store: Store, job: Job) -> dict[str, Any]:
     if job.kind == "trial":
         result |= {"exact_match": 0.0, "nll": None}
         if "diverged" not in runs[0]:
-            result |= validate(study, folders[0])
+            result |= validate(study, study.arm(job.arm), folders[0])
     else:
         for one in runs:
             if "diverged" in one:
@@ -115,9 +119,34 @@ def load_model(study: Study, folder: Path | None) -> PreTrainedModel | PeftModel
     return model.eval()
 
 
-def validate(study: Study, folder: Path) -> dict[str, float]:
-    """Teacher-forced exact match, and NLL in nats per answer, on the families' validation split at its seed 0."""
-    tokenizer = AutoTokenizer.from_pretrained(study.model)
+def validate(study: Study, arm: Arm, folder: Path) -> dict[str, float]:
+    """Teacher-forced exact match, and NLL in nats per answer, on the families' validation split at its seed 0.
+
+    Of the arm's own prediction, samples averaged per token; a temperature is fitted later, and an ensemble is chosen
+    by its first member.
+    """
+    model, tokenizer = load_model(study, folder), AutoTokenizer.from_pretrained(study.model)
     rows = suite_rows(study.families, "validation", study.selection.examples)
-    batches = make_batches(rows, tokenizer, study.evaluation.batch_size)
-    return robustness(load_model(study, folder), batches, noise_scales=(), fgsm_scales=())["none"]
+    sampler = make_sampler(model, arm)
+    parts = []
+    for index, batch in enumerate(
+        prepare_batches(make_batches(rows, tokenizer, study.evaluation.batch_size), model.device)
+    ):
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.valid.long()}
+        if sampler is None:
+            with torch.no_grad():
+                logits = model(**inputs).logits
+        else:
+            logits = sampler.log_probabilities(model, NoiseKey(0, step=index), **inputs)
+        parts.append(score_answers(logits, batch.labels))
+    return {
+        "exact_match": torch.cat([part.match for part in parts]).double().mean().item(),
+        "nll": torch.cat([part.nll for part in parts]).double().mean().item(),
+    }
+
+
+def make_sampler(model: Any, arm: Arm) -> Sampler | None:
+    """What averages the predictions of one trained model; None for a plain pass."""
+    if arm.num_samples == 0:
+        return None
+    return DropoutSampler(model, arm.num_samples) if arm.dropout_at_test else NoiseSampler(model, arm.num_samples, 0)

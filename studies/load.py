@@ -98,6 +98,13 @@ def _check(study: Study) -> None:
     for name, value in study.evaluation.items.items():
         if not isinstance(value, int) or not 1 <= value <= 200:
             raise ValueError(f"evaluation.items.{name}={value!r} must be from 1 to 200 test items per family")
+    if evaluation.split not in ("test", "validation"):
+        raise ValueError(f"evaluation.split={evaluation.split!r} must be 'test' or 'validation'")
+    tempered = [arm.name for arm in study.arms if arm.temperature]
+    if evaluation.split == "validation" and tempered:
+        raise ValueError(
+            f"arms.{tempered[0]}.temperature is fitted on the validation split: remove the arm, or evaluation.split"
+        )
     if not 0 <= study.evaluation.typo_rate <= 1:
         raise ValueError(
             f"evaluation.typo_rate={study.evaluation.typo_rate} must be a share, at least 0 and at most 1"

@@ -1,4 +1,4 @@
-"""What is measured of one checkpoint on the test split, in the form that a result line keeps it."""
+"""What is measured of one checkpoint, in the form that a result line keeps it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def prediction(arm: Arm, folders: Sequence[Path]) -> Checkpoint:
 
 
 def measure(study: Study, arm: Arm, folders: Sequence[Path]) -> dict[str, Any]:
-    """An arm's answers to the test items.
+    """An arm's answers to the items of the study's split.
 
     Args:
         study: items, batch size.
@@ -68,6 +68,7 @@ def _settings(study: Study, task_sets: tuple[str, ...]) -> EvaluationSettings:
         tasks=tuple(GROUP + name for name in task_sets),
         include_path=str(EVALS),
         families=study.families,
+        split=study.evaluation.split,
         limit=max(study.evaluation.items[name] for name in task_sets),
         batch_size=study.evaluation.batch_size,
         calibration=True,
@@ -87,7 +88,7 @@ def _tasks(study: Study) -> dict[str, Any]:
 
 
 def probe(study: Study, model: Any) -> dict[str, Any]:
-    """Robustness and smoothness on the standard level's test items, teacher-forced.
+    """Robustness and smoothness on the standard level's items, teacher-forced.
 
     Args:
         study: items, batch size, rates.
@@ -99,7 +100,7 @@ def probe(study: Study, model: Any) -> dict[str, Any]:
     tokenizer, evaluation = AutoTokenizer.from_pretrained(study.model), study.evaluation
     result: dict[str, Any] = {}
     if evaluation.probe_items > 0:
-        rows = suite_rows(study.families, "test", evaluation.probe_items)
+        rows = suite_rows(study.families, evaluation.split, evaluation.probe_items)
         result["robustness"] = robustness(model, make_batches(rows, tokenizer, evaluation.batch_size))
         misspelt = [
             row | {"prompt": add_instruction_typos(row["prompt"], evaluation.typo_rate, TYPO_SEED)} for row in rows
@@ -107,7 +108,7 @@ def probe(study: Study, model: Any) -> dict[str, Any]:
         batches = make_batches(misspelt, tokenizer, evaluation.batch_size)
         result["robustness"]["typos"] = robustness(model, batches, noise_scales=(), fgsm_scales=())["none"]
     if evaluation.smoothness_items > 0:
-        rows = suite_rows(study.families, "test", evaluation.smoothness_items)
+        rows = suite_rows(study.families, evaluation.split, evaluation.smoothness_items)
         result["smoothness"] = smoothness(model, make_batches(rows, tokenizer, evaluation.batch_size))
     return result
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from studies.spec import Arm, Study
-from studies.store import Store, cell_key, training_key, training_keys
+from studies.store import Store, cell_key, training_key, training_keys, trial_key
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def trial_jobs(study: Study, arm: Arm, size: int) -> list[Job]:
     for seed in study.selection.seeds:
         for trial in range(len(arm.trials)):
             key = training_key(study, arm, size, seed, trial)
-            jobs.append(Job("trial", arm.name, size, seed, trial, (key,), key))
+            jobs.append(Job("trial", arm.name, size, seed, trial, (key,), trial_key(study, arm, key)))
     return jobs
 
 
@@ -173,7 +173,7 @@ def remaining(study: Study, store: Store, only: Container[str] | None = None) ->
 
 
 def finished_cells(study: Study, store: Store) -> list[dict[str, Any]]:
-    """The lines of results.jsonl: every finished cell of the study as it stands, under the arm's own name."""
+    """The lines of the results: every finished cell of the study as it stands, under the arm's own name."""
     lines = []
     for cell in cells(study):
         job = cell_job(study, store, cell)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from studies.measure import unpack
 from studies.spec import Arm, Study
-from studies.store import cell_key, training_keys
+from studies.store import Store, cell_key, training_keys
 
 
 Array = NDArray[np.float64]
@@ -25,7 +25,7 @@ class Results:
 
     Attributes:
         study: as declared.
-        lines: of results.jsonl, by arm, size and seed; the base's under size and seed None.
+        lines: of its results, by arm, size and seed; the base's under size and seed None.
         stale: number of lines whose declaration, data or base has changed since.
     """
 
@@ -77,12 +77,12 @@ def _values(text: str, what: str) -> Array:
 
 def results_path(study: Study, archive: Path) -> Path:
     """The study's results: what its runs wrote, or the copy that `archive` holds."""
-    own = Path(study.output_dir) / "results.jsonl"
+    own = Store(study.output_dir).results(study)
     return own if own.is_file() else archive / f"{study.name}.jsonl"
 
 
 def read_results(study: Study, path: Path) -> Results:
-    """Read results.jsonl; a missing file is a study that has not begun.
+    """Read a study's results; a missing file is a study that has not begun.
 
     Raises:
         ValueError: two cells were not scored on the same items.

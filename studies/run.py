@@ -85,7 +85,7 @@ def run(study: Study, do: Do, number: int, hours: float | None = None, only: Seq
     start, total = time.monotonic(), len(cells(study, only))
     failures: dict[str, str] = {}
     died: Counter[str] = Counter()
-    store.write_results(finished_cells(study, store))
+    store.write_results(study, finished_cells(study, store))
     asked = "" if only is None else f" of {', '.join(only)}"
     print(f"{study.name}: {_finished(study, store, only)} of {total} cells{asked} are finished", flush=True)
     if not remaining(study, store, only):
@@ -110,11 +110,11 @@ def run(study: Study, do: Do, number: int, hours: float | None = None, only: Seq
                     write_text(store.failure(job.key), outcome.error)
                 if outcome.result is not None:
                     progress.note(job, outcome.result["seconds"])
-                store.write_results(finished_cells(study, store))
+                store.write_results(study, finished_cells(study, store))
                 rest = progress.left(remaining(study, store, only))
                 done = _finished(study, store, only)
                 print(f"[{done}/{total}] {_describe(outcome)}; {_time_left(rest)}", flush=True)
-    path = store.write_results(finished_cells(study, store))
+    path = store.write_results(study, finished_cells(study, store))
     print(f"{_finished(study, store, only)} of {total} cells{asked} are finished; results in {path}")
     for key, title in failures.items():
         print(f"failed: {title}, see {store.failure(key)}; the next run tries it again")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 
 # Fields of the recipe that make the cells of a study: they have one owner
@@ -41,10 +41,11 @@ class Selection:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is measured on the test split, once per cell.
+    """What is measured, once per cell.
 
     Args:
-        items: test items per family, by task set; a set that is left out is not measured.
+        items: items per family, by task set; a set that is left out is not measured.
+        split: "test", or "validation" for a study that looks for settings.
         batch_size: prompts per forward pass.
         probe_items: items per family of the standard level for robustness; 0 leaves robustness out.
         typo_rate: share of the words of a prompt's instruction that are misspelt, in the robustness to typos.
@@ -53,6 +54,7 @@ class Evaluation:
     """
 
     items: dict[str, int]
+    split: Literal["test", "validation"] = "test"
     batch_size: int = 128
     probe_items: int = 50
     typo_rate: float = 0.5

@@ -4,9 +4,10 @@
     OUTPUT_DIR/trials/KEY.json    a training run's scores on the validation split
     OUTPUT_DIR/cells/KEY.json     a cell's scores on the test split
     OUTPUT_DIR/failures/KEY.txt   why a job failed
-    OUTPUT_DIR/results.jsonl      the cells of the study as it stands, one line each
+    OUTPUT_DIR/NAME.jsonl         the cells of the study NAME as it stands, one line each
 
-A key is a hash of everything that the content depends on, so a changed study keeps what it still needs.
+A key is a hash of everything that the content depends on, so a changed study keeps what it still needs, and studies
+with one output_dir share what they have in common.
 """
 
 from __future__ import annotations
@@ -39,6 +40,12 @@ def training_key(study: Study, arm: Arm, size: int, seed: int, trial: int, membe
 def training_keys(study: Study, arm: Arm, size: int, seed: int, trial: int) -> tuple[str, ...]:
     """Keys of the training runs that a cell needs: one, or those of an ensemble's members."""
     return tuple(training_key(study, arm, size, seed, trial, member) for member in range(arm.ensemble))
+
+
+@cache
+def trial_key(study: Study, arm: Arm, trained: str) -> str:
+    """Key of a trial: what was trained, and how it predicts the validation split."""
+    return digest([trained, arm.num_samples, arm.dropout_at_test])
 
 
 @cache
@@ -113,8 +120,12 @@ class Store:
         """Where the reason for a failed job stands."""
         return self.folder / "failures" / f"{key}.txt"
 
-    def write_results(self, cells: list[dict[str, Any]]) -> Path:
-        """Write results.jsonl, one line per cell."""
-        path = self.folder / "results.jsonl"
+    def results(self, study: Study) -> Path:
+        """Where the finished cells of a study stand together."""
+        return self.folder / f"{study.name}.jsonl"
+
+    def write_results(self, study: Study, cells: list[dict[str, Any]]) -> Path:
+        """Write `results`, one line per cell."""
+        path = self.results(study)
         write_text(path, "".join(json.dumps(cell, allow_nan=False) + "\n" for cell in cells))
         return path

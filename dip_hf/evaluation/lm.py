@@ -138,13 +138,8 @@ class DIPLM(HFLM):
             logits = super()._model_call(inps, attn_mask, labels)
             return logits if self.temperature == 1.0 else logits / self.temperature
         mixed = self.mixed_precision_dtype
-        with (
-            torch.no_grad(),
-            torch.autocast(self.device.type, dtype=mixed, enabled=mixed is not None),
-            sampler.sampling(self._next_key()),
-        ):
-            logits = self.model(inps.repeat(sampler.copies, 1), **sampler.arguments(inps.shape[0])).logits
-        return average_log_probabilities(logits, sampler.num_samples)
+        with torch.autocast(self.device.type, dtype=mixed, enabled=mixed is not None):
+            return sampler.log_probabilities(self.model, self._next_key(), inps)
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
         """As `hf`'s, greedy where samples are averaged. Token indices of shape (batch, length)."""

@@ -16,6 +16,7 @@ class EvaluationSettings:
         tasks: lm-eval tasks and groups.
         include_path: folder of task files besides lm-eval's own.
         families: fine-tuning families that the checkpoints were trained on; the others' tasks are left out. None: all.
+        split: "test", or "validation" to choose settings by; this project's tasks only.
         limit: the first so many items of each task; None: all of them.
         batch_size: prompts per forward pass.
         num_samples: samples averaged over for checkpoints that have something to sample; 0 is the plain pass.
@@ -30,6 +31,7 @@ class EvaluationSettings:
     tasks: tuple[str, ...]
     include_path: str | None = None
     families: tuple[str, ...] | None = None
+    split: str = "test"
     limit: int | None = None
     batch_size: int = 128
     num_samples: int = 0
@@ -42,6 +44,8 @@ class EvaluationSettings:
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit={self.limit} must be at least 1 item per task; leave it out for all items")
+        if self.split not in ("test", "validation"):
+            raise ValueError(f"split={self.split!r} must be 'test' or 'validation'")
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size} must be at least 1")
         if self.num_samples < 0:

@@ -43,8 +43,10 @@ def prepare_tasks(settings: EvaluationSettings, checkpoints: Sequence[Checkpoint
         raise ValueError(
             f"checkpoints: {tempered[0]}: a temperature changes calibration alone; set calibration=True, or remove it"
         )
+    if tempered and settings.split == "validation":
+        raise ValueError(f"split='validation': {tempered[0]}'s temperature is fitted on it; use the test split")
     with _quiet():
-        loaded = load_tasks(settings.tasks, settings.include_path, settings.limit)
+        loaded = load_tasks(settings.tasks, settings.include_path, settings.limit, split=settings.split)
     if settings.families is not None:
         keep_families(loaded, settings.families)
     if settings.calibration:

@@ -54,6 +54,23 @@ class Sampler(ABC):
         """What the model's forward pass and `generate` are to be given besides `batch` rows, repeated."""
         return {}
 
+    def log_probabilities(self, model: nn.Module, key: NoiseKey, input_ids: Tensor, **inputs: Tensor) -> Tensor:
+        """One sampled forward pass: log of the averaged next-token probabilities.
+
+        Args:
+            model: the one that the sampler was made for.
+            key: of the samples.
+            input_ids: shape (batch, length).
+            inputs: further arguments of the model, one row each, such as `attention_mask`.
+
+        Returns:
+            As `average_log_probabilities`, shape (batch, length, vocabulary).
+        """
+        rows = {name: value.repeat(self.copies, 1) for name, value in {"input_ids": input_ids, **inputs}.items()}
+        with torch.no_grad(), self.sampling(key):
+            logits = model(**rows, **self.arguments(len(input_ids))).logits
+        return average_log_probabilities(logits, self.num_samples)
+
 
 class NoiseSampler(Sampler):
     """Samples of a DIPNet adapter's noise and of its posterior, folded into the batch from the first random block on.

@@ -21,6 +21,7 @@ def load_tasks(
     include_path: str | Path | None = None,
     limit: int | None = None,
     validation_items: int = 0,
+    split: str = "test",
 ) -> dict[str, Any]:
     """Load tasks and groups with their data.
 
@@ -29,12 +30,14 @@ def load_tasks(
         include_path: folder of task files besides lm-eval's own.
         limit: number of items that will be used of each task, so that no more need be generated; None: all.
         validation_items: number of validation items to generate for each of this project's tasks.
+        split: "validation" evaluates this project's tasks on their validation questions in the place of the test's.
 
     Returns:
         lm-eval's `TaskDict`: "tasks" by name, "groups" by name.
 
     Raises:
-        ValueError: no name, a name that is no task, or `include_path` is no folder.
+        ValueError: no name, a name that is no task, `include_path` is no folder, or another split is asked of a task
+            that is not this project's.
     """
     if not names:
         raise ValueError("tasks is empty: name at least one task or group, such as dip_reasoning")
@@ -42,7 +45,9 @@ def load_tasks(
         raise ValueError(f"include_path={str(include_path)!r} is no folder: give the folder that holds the task files")
     # lm-eval's own index takes some 20 seconds to read, so it is read only where something is not found in ours
     # Reaches a task's function that makes its data set
-    metadata = {"validation_items": validation_items} | ({} if limit is None else {"items": limit})
+    metadata: dict[str, Any] = {"validation_items": validation_items, "split": split}
+    if limit is not None:
+        metadata["items"] = limit
     manager = TaskManager(include_path=include_path, include_defaults=False, metadata=metadata)
     if any(missing for name in names for missing in _missing(name, manager)):
         manager = TaskManager(include_path=include_path, metadata=metadata)
@@ -53,7 +58,9 @@ def load_tasks(
             raise ValueError(f"tasks: {name!r} is neither a task nor a group; {hint}")
     matched = dict.fromkeys(match for name in names for match in fnmatch.filter(manager.all_tasks, name))
     loaded: dict[str, Any] = manager.load(list(matched))
-    for task in loaded["tasks"].values():
+    for name, task in loaded["tasks"].items():
+        if split != "test" and "family" not in (task.config.dataset_kwargs or {}):
+            raise ValueError(f"split={split!r}: task {name} is lm-eval's own, on a split of its own; use split='test'")
         # What lm-eval's `simple_evaluate` does to its tasks; it also spends seconds on collecting the environment.
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)

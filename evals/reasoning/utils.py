@@ -8,6 +8,7 @@ from datasets import DatasetDict
 
 import dip_hf.evaluation.lm  # noqa: F401  # registers both
 from dip_hf.reasoning import make_split, score_answer
+from dip_hf.reasoning.data import Split
 from dip_hf.reasoning.families import Level
 
 
@@ -15,7 +16,9 @@ ITEMS = 200
 """Test questions per family and level."""
 
 
-def load(family: str, level: Level, items: int = ITEMS, validation_items: int = 0, **_: Any) -> DatasetDict:
+def load(
+    family: str, level: Level, items: int = ITEMS, validation_items: int = 0, split: Split = "test", **_: Any
+) -> DatasetDict:
     """lm-eval's `custom_dataset`: the test split of one family at one level, and a validation split where asked for.
 
     Args:
@@ -23,9 +26,10 @@ def load(family: str, level: Level, items: int = ITEMS, validation_items: int = 
         level: "standard" or "harder".
         items: make no more than the first so many of the `ITEMS` questions.
         validation_items: questions to fit a temperature on.
+        split: where the questions come from that are evaluated: "test", or "validation" to choose settings by.
         **_: the task's metadata and the model's arguments, which lm-eval passes too.
     """
-    splits = DatasetDict(test=make_split(family, "test", min(items, ITEMS), level=level))
+    splits = DatasetDict(test=make_split(family, split, min(items, ITEMS), level=level))
     if validation_items > 0:
         splits["validation"] = make_split(family, "validation", validation_items, level=level)
     return splits

@@ -62,7 +62,7 @@ def test_a_study_from_its_trials_to_its_report(study: Study, tmp_path: Path) -> 
     assert set(lora["robustness"]) >= {"none", "typos", "fgsm_0.1", "noise_0.1"}
     assert lora["smoothness"]["hessian_norm_mean"] > 0
 
-    path = store.write_results(finished_cells(study, store))
+    path = store.write_results(study, finished_cells(study, store))
     assert len(read_results(study, path).lines) == 3
     write_report([study], tmp_path / "docs")
     assert "3 of 3 cells are finished" in (tmp_path / "docs" / "results.md").read_text()

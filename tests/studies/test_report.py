@@ -33,12 +33,12 @@ def finished(tmp_path: Path) -> tuple[Study, Store]:
     study, store = small_study(tmp_path, arms=ARMS, seeds=[0, 1, 2]), Store(tmp_path / "out")
     finish_trials(study, store)
     finish_cells(study, store, {"base": 0.0, "lora": 0.5, "good": 0.8, "bad": 0.2}, seeds=(0, 1, 2))
-    store.write_results(finished_cells(study, store))
+    store.write_results(study, finished_cells(study, store))
     return study, store
 
 
 def _compare(study: Study, store: Store) -> Comparison:
-    return compare(read_results(study, store.folder / "results.jsonl"), 8)
+    return compare(read_results(study, store.results(study)), 8)
 
 
 def test_differences_verdicts_and_pending_arms(finished: tuple[Study, Store]) -> None:
@@ -89,7 +89,7 @@ def test_brier_score_auroc_and_the_fitted_temperature(tmp_path: Path) -> None:
                 for task in tasks.values():
                     right = np.array([int(digit) for digit in task["correct"]])
                     task["confidence"] = pack(np.where(right, 0.75, 0.25))
-    comparison = compare(read_results(study, store.write_results(lines)), 8)
+    comparison = compare(read_results(study, store.write_results(study, lines)), 8)
     assert comparison.settings["cool"] == {"temperature": 1.75} and comparison.settings["lora"] == {}
     assert comparison.discrimination["standard"] == {
         "lora": {"brier": (0.25, 0.0), "auroc": (0.5, 0.0)},
@@ -103,7 +103,7 @@ def test_an_arm_is_compared_in_the_seeds_that_both_have(tmp_path: Path) -> None:
     finish_trials(study, store)
     finish_cells(study, store, {"lora": 0.5}, seeds=(0, 1))
     finish_cells(study, store, {"good": 0.5}, seeds=(1, 2))
-    store.write_results(finished_cells(study, store))
+    store.write_results(study, finished_cells(study, store))
     rows = {row.arm: row for row in _compare(study, store).rows[ACCURACY]}
     difference = rows["good"].difference
     assert difference is not None and rows["good"].seeds == 2
@@ -139,7 +139,7 @@ def test_the_files_of_a_report(finished: tuple[Study, Store], tmp_path: Path) ->
     assert content["sizes"][0]["measures"]["standard accuracy"][2]["verdict"] == "better"
     # The copy of the cells gives the same report where the runs are not
     before = {path: path.read_bytes() for path in paths if path.suffix != ".png"}
-    (store.folder / "results.jsonl").unlink()
+    (store.results(study)).unlink()
     write_report([study], docs)
     assert before == {path: path.read_bytes() for path in before}
 
@@ -148,7 +148,7 @@ def test_cells_of_an_earlier_declaration_are_left_out(finished: tuple[Study, Sto
     _, store = finished
     arms = {**ARMS, "good": {"adapter": "dipnet", "trials": [{"noise_scale": 0.2}, {"noise_scale": 0.4}]}}
     changed = small_study(tmp_path, arms=arms, seeds=[0, 1, 2])
-    results = read_results(changed, store.folder / "results.jsonl")
+    results = read_results(changed, store.results(changed))
     assert results.stale == 3 and results.seeds(changed.arm("good"), 8) == []
     write_report([changed], tmp_path / "docs")
     assert "3 finished cells of an earlier declaration are left out" in (tmp_path / "docs" / "results.md").read_text()
@@ -156,7 +156,7 @@ def test_cells_of_an_earlier_declaration_are_left_out(finished: tuple[Study, Sto
 
 def test_cells_scored_on_other_items_are_refused(finished: tuple[Study, Store]) -> None:
     study, store = finished
-    path = store.folder / "results.jsonl"
+    path = store.results(study)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     lines[2]["sets"]["standard"]["dip_standard_number_sorting"]["items"] = "f" * 16
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -171,7 +171,7 @@ def test_the_training_time_ratio_is_paired_by_seed(tmp_path: Path) -> None:
     lines = finished_cells(study, store)
     for line in lines:
         line["training"] = {"seconds": (line["seed"] + 1) * (3.0 if line["arm"] == "good" else 2.0)}
-    results = read_results(study, store.write_results(lines))
+    results = read_results(study, store.write_results(study, lines))
     assert time_ratio(results, study.arm("good"), 8) == pytest.approx(1.5)
     assert time_ratio(results, study.arm("base"), 8) is None and time_ratio(results, study.arm("late"), 8) is None
 

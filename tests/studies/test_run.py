@@ -30,7 +30,7 @@ def test_a_study_survives_a_killed_worker_and_a_failed_job(tmp_path: Path, capfd
     tried = sum(call.startswith("trial lora size 8") for call in first)
     assert tried == 3  # one of two was killed, and tried again
     assert not [call for call in first if call.startswith("cell neftune")]
-    lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (out / "study.jsonl").read_text().splitlines()]
     assert [(line["arm"], line["size"], line["seed"]) for line in lines] == [
         ("base", None, None),
         ("lora", 8, 0),
@@ -52,7 +52,7 @@ def test_a_study_survives_a_killed_worker_and_a_failed_job(tmp_path: Path, capfd
     ]
     assert not list((out / "failures").iterdir())
     assert run(study, do, 1) == 0 and _calls(out) == []  # nothing is left
-    assert len((out / "results.jsonl").read_text().splitlines()) == 5
+    assert len((out / "study.jsonl").read_text().splitlines()) == 5
 
 
 def test_a_study_is_done_in_parts(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -63,7 +63,7 @@ def test_a_study_is_done_in_parts(tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert {call.split()[1] for call in _calls(out)} == {"neftune"}
     assert run(study, do, 1, only=["base", "neftune"]) == 0
     assert _calls(out) == ["cell base"]
-    lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (out / "study.jsonl").read_text().splitlines()]
     assert [line["arm"] for line in lines] == ["base", "neftune", "neftune"]  # the first part's stay
 
 
