@@ -112,6 +112,11 @@ def test_the_recipe_prints_the_table_and_writes_the_report(
     [
         (["--limit", "0"], "limit=0 must be at least 1"),
         (["--batch_size", "0"], "batch_size=0 must be at least 1"),
+        (["--split", "train"], "split='train' must be 'test' or 'validation'"),
+        (
+            ["--calibration", "true", "--split", "validation", "--checkpoints", "base,temperature"],
+            "split='validation': base's temperature is fitted on it",
+        ),
         (["--num_samples", "-1"], "num_samples=-1 must be 0"),
         (["--num_samples", "4"], "num_samples=4 needs a checkpoint with a DIPNet adapter or `,dropout`, got base"),
         (["--checkpoints", "base,temperature"], "base: a temperature changes calibration alone"),

@@ -7,12 +7,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import datasets
 import lm_eval.tasks
 import pytest
+import yaml
 from lm_eval.tasks import TaskManager
 
 from dip_hf.evaluation.tasks import item_scores, keep_families, load_tasks, task_sets
-from dip_hf.reasoning import FINETUNING, PRETRAINING, UNSEEN
+from dip_hf.reasoning import FINETUNING, PRETRAINING, UNSEEN, make_split
 
 
 EVALS = Path(__file__).parents[2] / "evals"
@@ -78,6 +80,22 @@ def test_families_leave_the_other_shifts_alone() -> None:
     names = [f"dip_standard_{family}", f"dip_harder_{family}", *(f"dip_unseen_{other.name}" for other in UNSEEN)]
     assert sorted(loaded["tasks"]) == sorted(names)
     assert {task.task_name for group in loaded["groups"].values() for task in group.get_all_tasks()} == set(names)
+
+
+def test_the_validation_split_can_stand_in_for_the_test_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = FINETUNING[0].name
+    (task,) = load_tasks([f"dip_harder_{family}"], EVALS, limit=3, split="validation")["tasks"].values()
+    expected = make_split(family, "validation", 3, level="harder")["prompt"]
+    assert [doc["prompt"] for doc in task.test_docs()] == list(expected)
+    # A task with data of its own, as lm-eval's are
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "rows.json").write_text('{"q": "1", "a": "2"}\n')
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.json")}}}
+    text = {"task": "other", "test_split": "test", "doc_to_text": "{{q}}", "doc_to_target": "{{a}}", **data}
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(text))
+    assert list(load_tasks(["other"], tmp_path)["tasks"]) == ["other"]
+    with pytest.raises(ValueError, match="split='validation': task other is lm-eval's own"):
+        load_tasks(["other"], tmp_path, split="validation")
 
 
 def test_families_that_are_none_are_refused(loaded: dict[str, Any]) -> None:

@@ -7,11 +7,14 @@ import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
+from dip_hf.diagnostics import make_batches, robustness, suite_rows
 from dip_hf.evaluation.checkpoints import Checkpoint
+from dip_hf.ibvi import posterior_predictive
 from recipes.sft import make_trainer
 from studies.arguments import parse_training
-from studies.jobs import run_job
+from studies.jobs import load_model, run_job, validate
 from studies.measure import pack, prediction, unpack
 from studies.plan import finished_cells, open_jobs, trial_jobs
 from studies.report import write_report
@@ -104,6 +107,41 @@ def test_every_way_to_predict_is_measured(
     one, both = (cells[name]["training"]["seconds"] for name in ("lora", "ensemble"))
     assert both > one
     assert capfd.readouterr().out.count("ensemble: LORA") == 1  # one evaluation for all task sets
+
+
+def test_the_validation_split_is_predicted_as_the_arm_predicts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    variational: dict[str, Any] = {"adapter": "dipnet", "noise_blocks": [], "variational_rank": 2, "lora_dropout": 0.3}
+    variational["variational_scale"] = 30.0
+    arms: dict[str, Any] = {
+        "mean": variational,
+        "samples": {**variational, "num_samples": 3},
+        "dropout": {**variational, "num_samples": 3, "dropout_at_test": True},
+    }
+    model = str(save_small_model(tmp_path / "model"))
+    study = small_study(tmp_path, model=model, arms=arms, reference="mean", seeds=[0])
+    store = Store(study.output_dir)
+    job = next(open_jobs(study, store))
+    run_job(study, store, job)
+    folder = store.training_folder(job.trained[0])
+    scores = {arm.name: validate(study, arm, folder) for arm in study.arms}
+    assert len({score["nll"] for score in scores.values()}) == 3
+    assert scores["samples"] == validate(study, study.arm("samples"), folder)
+
+    rows = suite_rows(study.families, "validation", study.selection.examples)
+    (batch,) = make_batches(rows, AutoTokenizer.from_pretrained(model), 128)
+    loaded = load_model(study, folder)
+    plain = robustness(loaded, [batch], noise_scales=(), fgsm_scales=())["none"]
+    assert scores["mean"] == pytest.approx(plain)
+    # Answers that were scored token by token with the mean of the samples' probabilities
+    labels = batch["labels"][:, 1:]
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    probabilities = posterior_predictive(loaded, inputs, 3)[:, :-1]
+    right = probabilities.gather(2, labels.clamp_min(0).unsqueeze(2)).squeeze(2)
+    nll = -right.log().masked_fill(labels < 0, 0).sum(1).mean().item()
+    assert scores["samples"]["nll"] == pytest.approx(nll, rel=1e-5)
 
 
 def test_an_arm_becomes_a_checkpoint() -> None:

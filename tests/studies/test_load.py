@@ -28,6 +28,17 @@ ROOT = Path(__file__).parents[2]
             "evaluation.probe_items=-1 must not be negative",
         ),
         ({"evaluation": {"items": {"standard": 4}, "typo_rate": 1.5}}, "evaluation.typo_rate=1.5 must be a share"),
+        (
+            {"evaluation": {"items": {"standard": 4}, "split": "train"}},
+            "evaluation.split='train' must be 'test' or 'validation'",
+        ),
+        (
+            {
+                "evaluation": {"items": {"standard": 4}, "split": "validation"},
+                "arms": {"lora": {}, "b": {"temperature": True}},
+            },
+            "arms.b.temperature is fitted on the validation split",
+        ),
         ({"reference": "lra"}, "reference='lra' is no trained arm; did you mean 'lora'"),
         ({"reference": "base"}, "reference='base' is no trained arm"),
         ({"sizes": [8]}, r"sizes=\[8\] must map"),
