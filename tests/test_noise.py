@@ -16,6 +16,7 @@ from scipy import stats
 
 from dip_hf.noise import (
     NoiseKey,
+    _normal_pairs,
     _normal_quantiles,
     add_noise,
     derive_seed,
@@ -179,6 +180,22 @@ def test_distance_and_support_are_the_documented_ones() -> None:
     assert max(np.abs(levels[1:] - exact).max(), np.abs(exact - levels[:-1]).max()) < 1.05e-5
     assert 4.3 < quantiles.max() < 4.4 and quantiles.min() == pytest.approx(-quantiles.max())
     assert (quantiles**2).mean() == pytest.approx(1, abs=1e-6)
+
+
+def test_two_neighbours_are_independent() -> None:
+    """The table of pairs: both coordinates take every quantile, no moment joins them, and every rectangle that is cut
+    off at quantiles holds its share of the points up to the documented distance."""
+    pairs = _normal_pairs()
+    x, y = pairs.real.astype(np.float64), pairs.imag.astype(np.float64)
+    for coordinate in (x, y):
+        assert np.array_equal(np.sort(coordinate), np.sort(_normal_quantiles()).astype(np.float64))
+    for powers in ((1, 1), (1, 2), (2, 1), (2, 2), (1, 3), (3, 3)):
+        independent = (x ** powers[0]).mean() * (y ** powers[1]).mean()
+        assert (x ** powers[0] * y ** powers[1]).mean() == pytest.approx(independent, abs=1e-3), powers
+    points = np.stack([stats.norm.cdf(x), stats.norm.cdf(y)])
+    corners = np.random.default_rng(0).random((500, 2))
+    shares = [(points < corner[:, None]).all(0).mean() for corner in corners]
+    assert np.abs(shares - corners.prod(1)).max() < 5e-5
 
 
 @given(st.integers(0, 100), st.integers(0, 100), st.integers(-(2**63), 2**63 - 1))
