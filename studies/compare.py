@@ -90,6 +90,8 @@ class Comparison:
         costs: per arm the training time as a multiple of the reference's; None where it is not known.
         settings: per arm the overrides that the validation split chose, and the mean of the temperatures fitted on it;
             None while pending, {} without a choice.
+        trials: per arm the validation scores of all its trials, `exact_match` and `nll`; empty while pending and
+            without a choice.
         discrimination: per task set and arm the Brier score, and the AUROC of right against wrong answers, over the
             items of all tasks: mean over seeds and standard deviation as in `probes`; AUROC is left out where some
             seed has no right or no wrong answer.
@@ -100,6 +102,7 @@ class Comparison:
     probes: dict[str, dict[str, tuple[float, float | None]]]
     costs: dict[str, float | None]
     settings: dict[str, dict[str, Any] | None]
+    trials: dict[str, list[dict[str, float | None]]]
     discrimination: dict[str, dict[str, dict[str, tuple[float, float | None]]]]
 
     def to_json(self) -> dict[str, Any]:
@@ -113,6 +116,7 @@ class Comparison:
             "probes": self.probes,
             "training_time_ratio": self.costs,
             "settings": self.settings,
+            "trials": self.trials,
             "discrimination": self.discrimination,
         }
 
@@ -132,6 +136,11 @@ def compare(results: Results, size: int) -> Comparison:
         probes={arm.name: _probes(results, arm, size) for arm in study.arms},
         costs={arm.name: time_ratio(results, arm, size) for arm in study.arms},
         settings={arm.name: _setting(results, arm, size) for arm in study.arms},
+        trials={
+            arm.name: results.line(arm, size, seed)["trial_scores"]
+            for arm in study.arms
+            for seed in results.seeds(arm, size)[:1]
+        },
         discrimination={
             name: {arm.name: _discrimination(results, arm, size, name) for arm in study.arms}
             for name in sets

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
+from math import isfinite
+from statistics import fmean
 from typing import Any, Literal
 
 from studies.spec import Arm, Study
@@ -81,29 +83,34 @@ def trial_jobs(study: Study, arm: Arm, size: int) -> list[Job]:
     return jobs
 
 
-def choose(scores: Sequence[Sequence[tuple[float, float]]]) -> int:
-    """Index of the best trial: highest mean exact match over seeds, ties by lowest mean NLL, then the first.
+def choose(scores: Sequence[tuple[float, float]]) -> int:
+    """Index of the best trial: highest exact match, ties by lowest NLL, then the first.
 
     Args:
-        scores: per trial, per seed: exact match and NLL on the validation split.
+        scores: per trial, as `trial_scores` gives them.
     """
-    means = [
-        (sum(match for match, _ in runs) / len(runs), -sum(nll for _, nll in runs) / len(runs)) for runs in scores
-    ]
-    return max(range(len(means)), key=means.__getitem__)  # the first of equals
+    return max(range(len(scores)), key=lambda trial: (scores[trial][0], -scores[trial][1]))  # the first of equals
 
 
-def chosen_trial(study: Study, store: Store, arm: Arm, size: int) -> int | None:
-    """The trial that the validation split chose; None while its runs are not finished."""
-    scores: list[list[tuple[float, float]]] = [[] for _ in arm.trials]
+def trial_scores(study: Study, store: Store, arm: Arm, size: int) -> list[tuple[float, float]] | None:
+    """Exact match and NLL of each of an arm's trials on the validation split, means over the seeds of selection.
+
+    None while a trial is not finished; empty where there is no choice. NLL is infinite where a run diverged.
+    """
+    runs: list[list[tuple[float, float]]] = [[] for _ in arm.trials]
     for job in trial_jobs(study, arm, size):
         result = store.read("trials", job.key)
         if result is None:
             return None
         assert job.trial is not None
-        nll = float("inf") if result["nll"] is None else result["nll"]  # a run that diverged
-        scores[job.trial].append((result["exact_match"], nll))
-    return choose(scores) if scores[0] else 0
+        runs[job.trial].append((result["exact_match"], float("inf") if result["nll"] is None else result["nll"]))
+    return [(fmean(match for match, _ in own), fmean(nll for _, nll in own)) for own in runs if own]
+
+
+def chosen_trial(study: Study, store: Store, arm: Arm, size: int) -> int | None:
+    """The trial that the validation split chose; None while its runs are not finished."""
+    scores = trial_scores(study, store, arm, size)
+    return None if scores is None else choose(scores) if scores else 0
 
 
 def cell_job(study: Study, store: Store, cell: Cell) -> Job | None:
@@ -181,5 +188,7 @@ def finished_cells(study: Study, store: Store) -> list[dict[str, Any]]:
         if job is not None and result is not None:
             place = {"study": study.name, "arm": cell.arm.name, "size": cell.size, "seed": cell.seed}
             overrides = None if job.trial is None else cell.arm.trials[job.trial]
-            lines.append({**place, "trial": job.trial, "trial_overrides": overrides, **result})
+            scores = None if cell.size is None else trial_scores(study, store, cell.arm, cell.size)
+            tried = [{"exact_match": match, "nll": nll if isfinite(nll) else None} for match, nll in scores or []]
+            lines.append({**place, "trial": job.trial, "trial_overrides": overrides, "trial_scores": tried, **result})
     return lines

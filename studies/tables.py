@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from dip_hf.evaluation.calibration import BINS
 from studies.compare import LEVEL, MIN_SEEDS, Comparison, Measure, Row
 from studies.plan import cells
 from studies.results import Results
-from studies.spec import Study
+from studies.spec import Arm, Study
 from studies.statistics import RESAMPLES
 
 
@@ -184,10 +185,20 @@ def _settings(comparison: Comparison, study: Study) -> str:
     lines = []
     for arm in study.arms:
         setting, cost = comparison.settings[arm.name], comparison.costs[arm.name]
-        words = "pending" if setting is None else ", ".join(f"{key} {value}" for key, value in setting.items())
-        lines.append((arm.name, words, "" if cost is None else f"{cost:.2f}"))
-    header = ("arm", "chosen on the validation split", f"training time / {study.reference}")
-    return f"**Settings and cost**\n\n{markdown(header, lines, right=(2,))}"
+        words = "pending" if setting is None else _words(setting)
+        tried = [_trial(arm, *pair) for pair in enumerate(comparison.trials.get(arm.name, []))]
+        lines.append((arm.name, words, "; ".join(tried), "" if cost is None else f"{cost:.2f}"))
+    header = ("arm", "chosen", "tried: exact match in % and NLL on the validation split", f"time / {study.reference}")
+    return f"**Settings and cost** in training time\n\n{markdown(header, lines, right=(3,))}"
+
+
+def _trial(arm: Arm, index: int, score: dict[str, float | None]) -> str:
+    nll = "diverged" if score["nll"] is None else f"{score['nll']:.2f}"
+    return f"{_words(arm.trials[index])}: {100 * (score['exact_match'] or 0):.1f}, {nll}"
+
+
+def _words(overrides: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in overrides.items())
 
 
 def _probe_names(comparison: Comparison, suffix: str) -> list[str]:

@@ -4,7 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from studies.plan import cells, choose, chosen_trial, finished_cells, next_job, open_jobs, remaining
+from studies.plan import (
+    cells,
+    choose,
+    chosen_trial,
+    finished_cells,
+    next_job,
+    open_jobs,
+    remaining,
+    trial_jobs,
+    trial_scores,
+)
 from studies.spec import Study
 from studies.store import Store
 from tests.studies.support import finish_cells, finish_trials, small_study
@@ -114,11 +124,10 @@ def test_an_ensembles_members_read_the_same_examples_from_another_start(tmp_path
 @pytest.mark.parametrize(
     ("scores", "best"),
     [
-        ([[(0.5, 1.0)], [(0.6, 2.0)]], 1),
-        ([[(0.5, 1.0)], [(0.5, 0.9)]], 1),
-        ([[(0.5, 1.0)], [(0.5, 1.0)]], 0),
-        ([[(0.9, 1.0), (0.1, 1.0)], [(0.6, 3.0), (0.6, 3.0)]], 1),
-        ([[(0.0, float("inf"))], [(0.0, 5.0)]], 1),
+        ([(0.5, 1.0), (0.6, 2.0)], 1),
+        ([(0.5, 1.0), (0.5, 0.9)], 1),
+        ([(0.5, 1.0), (0.5, 1.0)], 0),
+        ([(0.0, float("inf")), (0.0, 5.0)], 1),
     ],
 )
 def test_the_best_trial_matches_most_then_has_the_lowest_nll(scores: list, best: int) -> None:
@@ -130,3 +139,17 @@ def test_no_setting_is_chosen_before_all_trials_are_finished(tmp_path: Path) -> 
     assert chosen_trial(study, store, study.arm("lora"), 8) is None
     finish_trials(study, store, best=1)
     assert chosen_trial(study, store, study.arm("lora"), 8) == 1
+
+
+def test_trials_are_scored_by_their_mean_over_the_seeds_of_selection(tmp_path: Path) -> None:
+    study = small_study(tmp_path, selection={"seeds": [0, 1], "examples": 4})
+    store, arm = Store(tmp_path / "out"), study.arm("lora")
+    assert trial_scores(study, store, arm, 8) is None
+    results = {(0, 0): (0.9, 1.0), (0, 1): (0.1, 2.0), (1, 0): (0.6, 3.0), (1, 1): (0.6, None)}
+    for job in trial_jobs(study, arm, 8):
+        match, nll = results[job.trial, job.seed]  # type: ignore[index]
+        store.write("trials", job.key, {"exact_match": match, "nll": nll})
+    assert trial_scores(study, store, arm, 8) == [(0.5, 1.5), (0.6, float("inf"))]
+    assert chosen_trial(study, store, arm, 8) == 1
+    single = small_study(tmp_path, arms={"lora": {}, "neftune": {"neftune_noise_alpha": 1.0}})
+    assert trial_scores(single, store, single.arm("lora"), 8) == []

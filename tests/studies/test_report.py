@@ -129,7 +129,8 @@ def test_the_files_of_a_report(finished: tuple[Study, Store], tmp_path: Path) ->
     text = (docs / "results.md").read_text()
     assert "10 of 13 cells are finished. **Pending:** late (8): 3 seeds." in text
     assert "| bad | 3 | 20.8 ± 1.4 | -30.0 |" in text and "| late | 0 |  |  |  |  |  | pending |" in text
-    assert "| good | noise_scale 0.3 | 1.00 |" in text
+    tried = "noise_scale 0.1: 10.0, 1.00; noise_scale 0.3: 90.0, 1.00"
+    assert f"| good | noise_scale 0.3 | {tried} | 1.00 |" in text
     assert "![Differences to lora](results/study-8.png)" in text
     # A confidence of one half everywhere: Brier 1/4, AUROC 1/2
     assert "**Calibration** on the trained families\n" in text and "| late | pending |  | pending |  |  |  |" in text
