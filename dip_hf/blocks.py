@@ -50,8 +50,9 @@ def select_blocks(names: Sequence[str], choice: str | int | Sequence[int], field
 
     Args:
         names: all blocks' names, in order of depth.
-        choice: "all"; an integer n for the last n; a list of indices (negative ones count from the end); any other
-            string is a regular expression that a block's whole name must match.
+        choice: "all"; an integer n for the last n; "25%" for the last quarter, rounded up; a list of
+            indices (negative ones count from the end); any other string is a regular expression that a block's whole
+            name must match.
         field: the option's name, for the error message.
 
     Raises:
@@ -61,6 +62,11 @@ def select_blocks(names: Sequence[str], choice: str | int | Sequence[int], field
     chosen: list[int]
     if choice == "all":
         chosen = list(range(depth))
+    elif isinstance(choice, str) and re.fullmatch(r"\d+%", choice):
+        share = int(choice[:-1])
+        if not 1 <= share <= 100:
+            raise ValueError(f"{field}={choice!r} must be from '1%' to '100%' of the blocks.")
+        chosen = list(range(depth - -(-depth * share // 100), depth))
     elif isinstance(choice, str):
         try:
             chosen = [index for index, name in enumerate(names) if re.fullmatch(choice, name)]
@@ -87,8 +93,8 @@ def parse_blocks(value: str | int | list[int]) -> str | int | list[int]:
     """A choice of blocks written as text, as `select_blocks` takes it.
 
     Args:
-        value: "all", "4" (the last four), "0,5,9" (indices), or a regular expression. An integer or a list of integers
-            is returned as it is.
+        value: "all", "4" (the last four), "25%", "0,5,9" (indices), or a regular expression. An integer or a list of
+            integers is returned as it is.
     """
     if not isinstance(value, str):
         return value

@@ -37,10 +37,10 @@ class DIPNetConfig(LoraConfig):
     Takes all of `peft.LoraConfig`'s arguments. `target_modules=[]` gives noise without LoRA.
 
     Args:
-        noise_blocks: which decoder blocks get noise at their input: "all"; n for the last n; a list of indices; or a
-            regular expression that a block's module name must match. Later blocks cost less when several
-            trajectories are trained: they share the computation below the first noised block. `[]` or 0 for none,
-            with `variational_rank` > 0 only.
+        noise_blocks: which decoder blocks get noise at their input: "all"; n for the last n; "25%" for the last
+            quarter; a list of indices; or a regular expression that a block's module name must match. Later blocks
+            cost less when several trajectories are trained: they share the computation below the first noised block.
+            `[]` or 0 for none, with `variational_rank` > 0 only.
         noise_scale: initial standard deviation, as a multiple of the RMS of the block's input, measured on the first
             batch. Must be positive.
         learn_noise: train the log-variances; False keeps the noise at `noise_scale`.
@@ -65,7 +65,7 @@ class DIPNetConfig(LoraConfig):
         default=None, metadata={"help": "As for LoRA; an empty list gives noise without LoRA."}
     )
     noise_blocks: str | int | list[int] = field(
-        default="all", metadata={"help": "'all', n for the last n, a list of indices, or a regular expression."}
+        default="all", metadata={"help": "'all', the last by number or percentage, a list of indices, or a pattern."}
     )
     noise_scale: float = field(
         default=0.1, metadata={"help": "Initial standard deviation relative to the block input's RMS; positive."}
@@ -112,7 +112,7 @@ class DIPNetConfig(LoraConfig):
             kinds = int if isinstance(blocks, list) else str | int
             indices = blocks if isinstance(blocks, list) else [blocks]
             if any(isinstance(index, bool) or not isinstance(index, kinds) for index in indices):
-                raise ValueError(f"{name}={blocks!r} must be 'all', a number, a list of indices or a pattern.")
+                raise ValueError(f"{name}={blocks!r} must be 'all', a number, '25%', a list of indices or a pattern.")
         if self.layer_replication:
             raise ValueError(
                 f"layer_replication={self.layer_replication} shares one block's noise between several depths, which "

@@ -102,7 +102,7 @@ class DReSBranch:
         model: a transformers model (of a PEFT model, its base model, so that the blocks have their usual names).
         placement: "sequence": samples are rows of the batch, f is the range of chosen blocks. "token": samples are
             valid tokens, f is the MLP sublayer of each chosen block.
-        blocks: which blocks, as in `dip_hf.blocks.select_blocks`; None for the last quarter, rounded up.
+        blocks: which blocks, as in `dip_hf.blocks.select_blocks`.
         group_size: K, samples in a group.
         oversampling: N/K; N is rounded up.
         share: share of the groups coded in a pass, rounded up to a whole group: a random sample, whose error is an
@@ -123,7 +123,7 @@ class DReSBranch:
         model: nn.Module,
         *,
         placement: str = "token",
-        blocks: str | int | Sequence[int] | None = None,
+        blocks: str | int | Sequence[int] = "25%",
         group_size: int = 8,
         oversampling: float = 1.25,
         share: float = 1.0,
@@ -137,7 +137,7 @@ class DReSBranch:
         self.detach_target = detach_target
         remedy = "pass the blocks' module names as `DReSBranch(block_names=[...])`, or set dres_weight to 0"
         names = list(block_names or find_decoder_blocks(model, remedy))
-        chosen = select_blocks(names, -(-len(names) // 4) if blocks is None else blocks, "dres_blocks")
+        chosen = select_blocks(names, blocks, "dres_blocks")
         self.blocks = {names[index]: model.get_submodule(names[index]) for index in chosen}
         if placement == "token":
             self.modules = dict(find_mlp(name, block) for name, block in self.blocks.items())

@@ -100,8 +100,9 @@ class AdapterArguments(ModelConfig):
     noise_blocks: str = field(
         default="all",
         metadata={
-            "help": "DIPNet: decoder blocks to put noise before. `all`, a number n for the last n, indices such as "
-            "`0,5,9`, or a regular expression that matches whole block names; `0` for none, with a posterior only."
+            "help": "DIPNet: decoder blocks to put noise before. `all`, a number n for the last n, a percentage for "
+            "the last so many, indices such as `0,5,9`, or a regular expression that matches whole block names; `0` "
+            "for none, with a posterior only."
         },
     )
     learn_noise: bool = field(

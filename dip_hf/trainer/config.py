@@ -38,7 +38,7 @@ class DIPSFTConfig(SFTConfig):
         dres_weight: μ, weight of DReS's reconstruction error (arXiv 2510.00253); 0 is off.
         dres_placement: "token" codes valid tokens through MLP sublayers; "sequence" codes rows of the batch through a
             range of blocks.
-        dres_blocks: which blocks: a number for the last n, indices, "all", a pattern; unset for the last quarter.
+        dres_blocks: which blocks: "25%" for the last quarter, a number for the last n, indices, "all" or a pattern.
         dres_group_size: K, samples in a group.
         dres_oversampling: N/K, coded samples per sample.
         dres_share: share of the groups coded per step, a random sample of them; 1 is all.
@@ -95,8 +95,8 @@ class DIPSFTConfig(SFTConfig):
         default="token",
         metadata={"help": "Samples are valid tokens, or rows of the batch.", "choices": ["token", "sequence"]},
     )
-    dres_blocks: str | None = field(
-        default=None, metadata={"help": "A number n for the last n, 'all', '4,5,6' or a pattern; the last quarter."}
+    dres_blocks: str = field(
+        default="25%", metadata={"help": "The last blocks by a percentage or a number, 'all', '4,5,6' or a pattern."}
     )
     dres_group_size: int = field(default=8, metadata={"help": "K, samples in a group."})
     dres_oversampling: float = field(default=1.25, metadata={"help": "N/K, coded samples per sample."})
@@ -176,7 +176,7 @@ class DIPSFTConfig(SFTConfig):
         """The `dres_*` fields but the weight, as `DReSBranch` takes them."""
         return {
             "placement": self.dres_placement,
-            "blocks": None if self.dres_blocks is None else parse_blocks(self.dres_blocks),
+            "blocks": parse_blocks(self.dres_blocks),
             "group_size": self.dres_group_size,
             "oversampling": self.dres_oversampling,
             "share": self.dres_share,

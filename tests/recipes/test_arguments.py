@@ -123,3 +123,9 @@ def test_a_wrong_value_is_named(tmp_path: Path, values: dict[str, Any], message:
 def test_a_missing_path_after_config_is_named() -> None:
     with pytest.raises(ValueError, match="--config needs the path"):
         make_parser().parse_recipe(["--config"])
+
+
+def test_the_help_of_every_field_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        make_parser().parse_args(["--help"])
+    assert stop.value.code == 0 and "--dres_blocks" in capsys.readouterr().out
