@@ -92,7 +92,11 @@ ARMS = (
     Arm("DReS token, half of the groups", partial(_token_floor, 0.5), options=_DRES | {"dres_share": 0.5}),
     Arm("ICP T=1", lambda shape: 2, options=_ICP),
     Arm("ICP T=1, late, every 4th", lambda shape: 1 + 0.25 / 4, options=_ICP | {"icp_interval": 4}, steps=4),
-    Arm("IBVI R=4", lambda shape: 1, lambda shape: {"variational_rank": 4, "noise_blocks": []}),
+    Arm(
+        "IBVI R=4, all blocks",
+        lambda shape: 1,
+        lambda shape: {"variational_rank": 4, "variational_blocks": "all", "noise_blocks": []},
+    ),
 )
 WARM_UP = 4
 """Steps before the first timing."""

@@ -49,9 +49,11 @@ class DIPNetConfig(LoraConfig):
         noise_seed: seed of the posterior's initial covariance, and of the noise where no trainer provides one.
         variational_rank: R, rank of the posterior's covariance; 0 is off.
         variational_scale: c, initial standard deviation of a weight as a multiple of 1/√n, n the layer's input size
-            (c = 1 is the paper's). 0 keeps the covariance at zero: LoRA to the last bit.
+            (c = 1 is the paper's; 2 is this project's choice, from studies/ibvi_sweep.yaml). 0 keeps the covariance
+            at zero: LoRA to the last bit.
         variational_blocks: in which decoder blocks the targeted linear layers are variational, chosen as in
-            `noise_blocks`. Predictions share the computation below the first.
+            `noise_blocks`. Predictions share the computation below the first. The last quarter is this project's
+            choice, from the same sweep; the paper has no adapters.
         block_names: module names of all decoder blocks, in order. Found by itself in transformers models, and
             recorded on injection.
         dip_format: version of the adapter's files, filled in.
@@ -75,10 +77,10 @@ class DIPNetConfig(LoraConfig):
     noise_seed: int = field(default=0, metadata={"help": "Seed of the noise outside a trainer."})
     variational_rank: int = field(default=0, metadata={"help": "R, rank of the covariance of LoRA's A; 0 is off."})
     variational_scale: float = field(
-        default=1.0, metadata={"help": "c, initial standard deviation of a weight relative to 1/√n."}
+        default=2.0, metadata={"help": "c, initial standard deviation of a weight relative to 1/√n."}
     )
     variational_blocks: str | int | list[int] = field(
-        default="all", metadata={"help": "Blocks with a posterior: as for noise_blocks."}
+        default="25%", metadata={"help": "Blocks with a posterior: as for noise_blocks."}
     )
     block_names: list[str] | None = field(
         default=None, metadata={"help": "Module names of all decoder blocks; found by itself where possible."}

@@ -112,10 +112,10 @@ class AdapterArguments(ModelConfig):
         default=0, metadata={"help": "IBVI: rank R of the posterior of LoRA's A; 0 is off. For adapter `dipnet`."}
     )
     variational_scale: float = field(
-        default=1.0, metadata={"help": "IBVI: c, initial standard deviation of a weight relative to 1/sqrt(inputs)."}
+        default=2.0, metadata={"help": "IBVI: c, initial standard deviation of a weight relative to 1/sqrt(inputs)."}
     )
     variational_blocks: str = field(
-        default="all", metadata={"help": "IBVI: decoder blocks with a posterior; as for `noise_blocks`."}
+        default="25%", metadata={"help": "IBVI: decoder blocks with a posterior; as for `noise_blocks`."}
     )
 
     def __post_init__(self) -> None:

@@ -21,7 +21,7 @@ PACKAGE = "peft_tests"
 
 # This model's activations are so small that with less noise three steps would not move a log-variance visibly.
 LOUD: dict[str, Any] = {"noise_scale": 2.0}
-POSTERIOR: dict[str, Any] = {"noise_blocks": [], "variational_rank": 2}
+POSTERIOR: dict[str, Any] = {"noise_blocks": [], "variational_rank": 2, "variational_blocks": "all"}
 # One row a feature of ours that PEFT's own rows cannot have: (name, model, configuration, its arguments).
 ROWS: list[tuple[str, str, type[PeftConfig], dict[str, Any]]] = [
     (f"DIPNet {name}", model, DIPNetConfig, arguments)

@@ -14,7 +14,8 @@ from tests.dipnet import models
 
 def variational(**options: object) -> torch.nn.Module:
     base = models.build(num_hidden_layers=2, hidden_size=8)
-    return models.adapt(base, r=2, target_modules=["q_proj"], noise_blocks=[], variational_rank=2, **options)
+    settings = {"noise_blocks": [], "variational_rank": 2, "variational_blocks": "all", **options}
+    return models.adapt(base, r=2, target_modules=["q_proj"], **settings)
 
 
 def dense_square(s: Tensor, t: Tensor) -> float:

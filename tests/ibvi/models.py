@@ -18,7 +18,8 @@ from dip_hf.peft_compat import clean_name
 from tests.dipnet.models import adapt
 
 
-POSTERIOR: dict[str, Any] = {"noise_blocks": [], "variational_rank": 3}
+EVERYWHERE: dict[str, Any] = {"variational_blocks": "all", "variational_scale": 1.0}
+POSTERIOR: dict[str, Any] = {"noise_blocks": [], "variational_rank": 3, **EVERYWHERE}
 
 
 def variational(model: Any, adapter_name: str = "default", **arguments: Any) -> PeftModel:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from dip_hf import DIPNetConfig, NoiseKey
 from dip_hf.ibvi.layer import Covariance
 from tests.dipnet.models import KEY, adapt, batch, build, config, load_base, logits, noisy
-from tests.ibvi.models import POSTERIOR, posteriors, variational
+from tests.ibvi.models import EVERYWHERE, POSTERIOR, posteriors, variational
 
 
 WHERE = "model.layers.3.mlp.up_proj.lora_dip_covariance"
@@ -238,7 +238,7 @@ def test_checkpoints_around_whole_blocks(model: PeftModel, base: str, tmp_path: 
 
 
 def test_noise_and_posterior_are_saved_together(base: str, tmp_path: Path) -> None:
-    model = adapt(load_base(base), variational_rank=2, noise_blocks=1)
+    model = adapt(load_base(base), variational_rank=2, noise_blocks=1, **EVERYWHERE)
     expected: Tensor = noisy(model)
     model.save_pretrained(tmp_path / "adapter")
     assert torch.equal(noisy(PeftModel.from_pretrained(load_base(base), tmp_path / "adapter")), expected)

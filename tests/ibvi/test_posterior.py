@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dip_hf import NoiseKey
 from tests.dipnet.models import FAMILIES, KEY, adapt, batch, build, config, logits, noisy, sites
-from tests.ibvi.models import POSTERIOR, at_sample, coefficients, posteriors, variational
+from tests.ibvi.models import EVERYWHERE, POSTERIOR, at_sample, coefficients, posteriors, variational
 
 
 def gradients(model: PeftModel, output: Tensor, weight: Tensor) -> dict[str, Tensor]:
@@ -137,7 +137,7 @@ def test_a_sample_is_of_its_key_module_and_seed() -> None:
 
 
 def test_the_posteriors_key_may_stay_while_the_noises_changes() -> None:
-    model = adapt(build(), variational_rank=2)
+    model = adapt(build(), variational_rank=2, **EVERYWHERE)
 
     def sampled(key: int, posterior_key: int | None) -> Tensor:
         posterior = None if posterior_key is None else NoiseKey(posterior_key)
@@ -185,7 +185,7 @@ def test_training_outside_a_trainer_draws_a_new_sample_for_every_pass() -> None:
         model = adapt(build(), **arguments).train()
         return [logits(model) for _ in range(3)]
 
-    for arguments in (POSTERIOR, {"variational_rank": 3, "noise_blocks": [1]}):
+    for arguments in (POSTERIOR, {"variational_rank": 3, "noise_blocks": [1], **EVERYWHERE}):
         one, two, three = passes(**arguments)
         assert not torch.equal(one, two) and not torch.equal(two, three) and not torch.equal(one, three)
         assert all(map(torch.equal, passes(**arguments), (one, two, three)))

@@ -37,9 +37,9 @@ def test_only_our_adapter_has_one(adapter: str) -> None:
 
 
 def test_a_dry_run_describes_it() -> None:
-    arguments = parse("--variational_rank", "4", "--noise_blocks", "0", "--variational_blocks", "9")
+    arguments = parse("--variational_rank", "4", "--noise_blocks", "0")
     text = "\n".join(describe_run(*arguments, architectures=ARCHITECTURES))
-    assert "posterior   of rank 4 in 9 of 36 blocks, model.layers.27 to model.layers.35; initially 1 x" in text
+    assert "posterior   of rank 4 in 9 of 36 blocks, model.layers.27 to model.layers.35; initially 2 x" in text
     assert "hybrid optimiser" in text and "noise " not in text
     assert "sharing the 27 blocks below" in text
     assert "63 tensors, learning rate 0.000125, weight decay 0" in text  # seven layers in nine blocks, 5e-4 / 4

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from dip_hf import NoiseKey
 from tests.dipnet.models import adapt, batch, build
-from tests.ibvi.models import POSTERIOR, variational
+from tests.ibvi.models import EVERYWHERE, POSTERIOR, variational
 
 
 def checkpointed(model: PeftModel, reentrant: bool = False) -> PeftModel:
@@ -31,7 +31,9 @@ def gradients(model: PeftModel) -> list[Tensor]:
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 @pytest.mark.parametrize("trajectories", [0, 1, 2], ids=["no context", "m=1", "m=2"])
-@pytest.mark.parametrize("arguments", [POSTERIOR, {"variational_rank": 2}], ids=["posterior", "with noise"])
+@pytest.mark.parametrize(
+    "arguments", [POSTERIOR, {"variational_rank": 2, **EVERYWHERE}], ids=["posterior", "with noise"]
+)
 @pytest.mark.filterwarnings("ignore")
 def test_the_same_gradient(arguments: dict[str, Any], trajectories: int, reentrant: bool) -> None:
     """Two micro-batches, each with a sample of its own, after the `sampling` context has closed, or with none."""

@@ -19,7 +19,7 @@ from dip_hf.trainer import DIPSFTTrainer, optimizer_groups
 from dip_hf.trainer.hybrid import HybridOptimizer
 from tests.dipnet.models import batch
 from tests.dipnet.test_export import STOCK
-from tests.ibvi.models import POSTERIOR
+from tests.ibvi.models import EVERYWHERE, POSTERIOR
 from tests.trainer.tiny import ADAPTER, base_model, losses, make_trainer
 
 
@@ -46,7 +46,7 @@ def test_scale_0_is_lora_to_the_last_bit(options: dict[str, Any], tmp_path: Path
     runs = []
     for cls, adapter in (
         (SFTTrainer, LoraConfig(**LORA, lora_dropout=0.1)),
-        (DIPSFTTrainer, DIPNetConfig(**LORA, **POSTERIOR, variational_scale=0.0, lora_dropout=0.1)),
+        (DIPSFTTrainer, DIPNetConfig(**{**LORA, **POSTERIOR, "variational_scale": 0.0}, lora_dropout=0.1)),
     ):
         trainer = make_trainer(tmp_path, adapter, options, base_model(attention_dropout=0.1), cls=cls)
         trainer.train()
@@ -93,7 +93,9 @@ def kinds(groups: list[dict[str, Any]], model: torch.nn.Module) -> list[tuple[st
 def test_groups(options: dict[str, Any], expected: list[Any], noisy: bool, tmp_path: Path) -> None:
     blocks = "all" if noisy else []
     trainer = make_trainer(
-        tmp_path, DIPNetConfig(**LORA, variational_rank=3, noise_blocks=blocks), {**options, "max_steps": 2}
+        tmp_path,
+        DIPNetConfig(**LORA, **EVERYWHERE, variational_rank=3, noise_blocks=blocks),
+        {**options, "max_steps": 2},
     )
     trainer.train()
     if noisy:  # keeps Trainer's optimiser
@@ -112,7 +114,7 @@ def test_groups(options: dict[str, Any], expected: list[Any], noisy: bool, tmp_p
 def test_the_noise_is_trained_by_adamw_under_faithful_too(tmp_path: Path) -> None:
     """Eq. 4's penalty has gradients of a scale of its own, for which SGD's rate would have to be found anew."""
     options = {"variational_optimizer": "faithful", "max_steps": 1, "lr_scheduler_type": "constant"}
-    trainer = make_trainer(tmp_path, DIPNetConfig(**LORA, variational_rank=3), options)
+    trainer = make_trainer(tmp_path, DIPNetConfig(**LORA, **EVERYWHERE, variational_rank=3), options)
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if "log_variance" in n}
     trainer.train()
     for name, parameter in trainer.model.named_parameters():

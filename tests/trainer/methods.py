@@ -49,7 +49,7 @@ def noise_only(**options: Any) -> PeftConfig:
 
 
 def posterior_only(**options: Any) -> PeftConfig:
-    return DIPNetConfig(noise_blocks=[], variational_rank=4, **options)
+    return DIPNetConfig(**{"noise_blocks": [], "variational_rank": 4, "variational_blocks": "all", **options})
 
 
 DRES = {"dres_weight": 0.5, "dres_group_size": 4, "dres_blocks": "2"}
@@ -75,7 +75,9 @@ METHODS = {
         lambda **k: posterior_only(**k, variational_blocks=2),
         {"variational_optimizer": "faithful", "num_trajectories": 2, "stability_weight": 0.05},
     ),
-    "dipnet + ibvi, m=2": Method(lambda **k: DIPNetConfig(**k, variational_rank=2), {"num_trajectories": 2}),
+    "dipnet + ibvi, m=2": Method(
+        lambda **k: DIPNetConfig(**k, variational_rank=2, variational_blocks="all"), {"num_trajectories": 2}
+    ),
     "dres token": Method(LoraConfig, DRES, inapplicable=GROUPS),
     "dres sequence": Method(LoraConfig, SEQUENCE, inapplicable={**GROUPS, **ROWS}),
     "icp": Method(LoraConfig, ICP),
