@@ -23,7 +23,7 @@ from tests.dipnet.models import adapt, build
         ("noise_scale", -0.1, "noise_scale=-0.1 must be positive"),
         ("noise_scale", math.nan, "noise_scale=nan must be positive"),
         ("noise_scale", math.inf, "noise_scale=inf must be positive and finite"),
-        ("noise_blocks", 1.5, r"noise_blocks=1.5 must be 'all', a number, a list"),
+        ("noise_blocks", 1.5, r"noise_blocks=1.5 must be 'all', a number, '25%', a list"),
         ("noise_blocks", True, r"noise_blocks=True must be 'all'"),
         ("noise_blocks", None, r"noise_blocks=None must be 'all'"),
         ("noise_blocks", ["model.layers.1"], r"noise_blocks=\['model.layers.1'\] must be"),
