@@ -17,7 +17,7 @@ class Job:
     """One unit of work: training runs where they are not there yet, and what is measured after them.
 
     Attributes:
-        kind: "trial" scores the validation split, "cell" the test split.
+        kind: "trial" scores the validation split, "cell" the study's split.
         arm: name of the arm.
         size: training examples per family; None for the base.
         seed: training seed; None for the base.

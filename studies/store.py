@@ -2,12 +2,13 @@
 
     OUTPUT_DIR/trainings/KEY/     the adapter, and training.json
     OUTPUT_DIR/trials/KEY.json    a training run's scores on the validation split
-    OUTPUT_DIR/cells/KEY.json     a cell's scores on the test split
+    OUTPUT_DIR/cells/KEY.json     a cell's scores on the study's split
     OUTPUT_DIR/failures/KEY.txt   why a job failed
     OUTPUT_DIR/NAME.jsonl         the cells of the study NAME as it stands, one line each
 
-A key is a hash of everything that the content depends on, so a changed study keeps what it still needs, and studies
-with one output_dir share what they have in common.
+A key is a hash of what the study says, the data and the base, so a changed study keeps what it still needs, and
+studies with one output_dir share what they have in common. It does not know the defaults of
+fields that the study leaves out.
 """
 
 from __future__ import annotations

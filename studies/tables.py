@@ -49,7 +49,7 @@ def method_section() -> str:
             "the order of the data, alike for all arms. Every arm has the same number of trials; the setting with the "
             "highest teacher-forced exact match on the validation split (ties: lowest negative log-likelihood), "
             "averaged over the selection seeds, is run with all seeds, and each of these runs is scored once on the "
-            "test split.",
+            "test split, but for a study of settings, which says so.",
             "Accuracy is the share of generated answers that reasoning-gym's own scorer gives full marks, the mean "
             "over families; ± is the standard deviation over seeds. A difference is to the reference arm with the "
             f"same seeds and items. Its 95% percentile interval and p-value come from {RESAMPLES:,} two-way bootstrap "
@@ -91,7 +91,7 @@ def _where(results: Results) -> str:
     text = (
         f"Base `{study.model}`; families {', '.join(study.families)}; seeds {', '.join(map(str, study.seeds))}; "
         f"reference **{study.reference}**; {len(study.arm(study.reference).trials)} trials per arm, chosen with seeds "
-        f"{', '.join(map(str, study.selection.seeds))}."
+        f"{', '.join(map(str, study.selection.seeds))}. Scored on the {study.evaluation.split} split."
     )
     places: dict[str, int] = {}
     for line in results.lines.values():
