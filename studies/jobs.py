@@ -21,7 +21,7 @@ from dip_hf.diagnostics import make_batches, suite_rows
 from dip_hf.diagnostics.functional import score_answers
 from dip_hf.diagnostics.passes import prepare_batches
 from dip_hf.evaluation.environment import describe_environment
-from dip_hf.evaluation.sampling import DropoutSampler, NoiseSampler, Sampler
+from dip_hf.evaluation.sampling import make_sampler
 from dip_hf.noise import NoiseKey
 from recipes.sft import make_trainer
 from studies.arguments import parse_training
@@ -127,7 +127,7 @@ def validate(study: Study, arm: Arm, folder: Path) -> dict[str, float]:
     """
     model, tokenizer = load_model(study, folder), AutoTokenizer.from_pretrained(study.model)
     rows = suite_rows(study.families, "validation", study.selection.examples)
-    sampler = make_sampler(model, arm)
+    sampler = make_sampler(model, arm.num_samples, arm.dropout_at_test)
     parts = []
     for index, batch in enumerate(
         prepare_batches(make_batches(rows, tokenizer, study.evaluation.batch_size), model.device)
@@ -143,10 +143,3 @@ def validate(study: Study, arm: Arm, folder: Path) -> dict[str, float]:
         "exact_match": torch.cat([part.match for part in parts]).double().mean().item(),
         "nll": torch.cat([part.nll for part in parts]).double().mean().item(),
     }
-
-
-def make_sampler(model: Any, arm: Arm) -> Sampler | None:
-    """What averages the predictions of one trained model; None for a plain pass."""
-    if arm.num_samples == 0:
-        return None
-    return DropoutSampler(model, arm.num_samples) if arm.dropout_at_test else NoiseSampler(model, arm.num_samples, 0)

@@ -18,13 +18,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import dip_hf  # noqa: F401  # registers the DIPNet adapter with PEFT, for stock `--model hf` too
-from dip_hf.evaluation.sampling import (
-    DropoutSampler,
-    Ensemble,
-    NoiseSampler,
-    Sampler,
-    average_log_probabilities,
-)
+from dip_hf.evaluation.sampling import Ensemble, Sampler, average_log_probabilities, make_sampler
 from dip_hf.noise import NoiseKey
 
 
@@ -119,13 +113,11 @@ class DIPLM(HFLM):
         self.noise_seed = noise_seed
         self.temperature = temperature
         self._calls = 0
-        self._sampler: Sampler | None = None
+        self._sampler: Sampler | None
         if others:
             self._sampler = Ensemble(self.model, others)
-        elif dropout:
-            self._sampler = DropoutSampler(self.model, num_samples)
-        elif num_samples > 0:
-            self._sampler = NoiseSampler(self.model, num_samples, noise_seed)
+        else:
+            self._sampler = make_sampler(self.model, num_samples, dropout, noise_seed)
 
     def _next_key(self) -> NoiseKey:
         self._calls += 1

@@ -159,6 +159,23 @@ class DropoutSampler(Sampler):
                     dropout.eval()
 
 
+def make_sampler(model: nn.Module, num_samples: int, dropout: bool, seed: int = 0) -> Sampler | None:
+    """What samples one model: its dropout where `dropout` is set, else its noise and posterior; None for 0 samples.
+
+    Args:
+        model: with what is to be sampled.
+        num_samples: k; 0 without `dropout` is a plain pass.
+        dropout: sample LoRA's dropout.
+        seed: of a posterior's samples.
+
+    Raises:
+        ValueError: there is nothing to sample, or dropout without a number of samples.
+    """
+    if dropout:
+        return DropoutSampler(model, num_samples)
+    return NoiseSampler(model, num_samples, seed) if num_samples > 0 else None
+
+
 class Ensemble(Sampler):
     """Several LoRA adapters on one base, one per copy of the batch (PEFT's mixed batches).
 
