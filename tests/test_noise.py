@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import random
-from collections.abc import Iterator
 from itertools import product
 
 import numpy as np
@@ -15,14 +13,18 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from dip_hf.noise import (
+    _PIECE,
+    _TABLE,
     NoiseKey,
-    _normal_pairs,
+    _draw,
+    _noise_table,
     _normal_quantiles,
     add_noise,
     derive_seed,
     few_gaussians,
     gaussian,
     noise_gradient,
+    noised,
 )
 
 
@@ -98,7 +100,7 @@ def test_noise_is_independent_over_positions_and_dimensions() -> None:
 def test_any_shape_any_seed(shape: list[int], seed: int) -> None:
     x = gaussian(tuple(shape), seed, CPU)
     assert x.shape == tuple(shape) and x.dtype == torch.float32
-    assert x.isfinite().all() and (x.abs() < 4.4).all()
+    assert x.isfinite().all() and (x.abs() < 7).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -129,73 +131,71 @@ def test_gradient_of_std_is_the_sum_of_gradient_times_noise(dtype: torch.dtype) 
     torch.testing.assert_close(noise_gradient(grad, KEY.tensor(), 2, 2), expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("starts", [(0, 0), (5, _TABLE - 3), (_TABLE - 1, _TABLE - 2), (_TABLE - 20, 7)])
+@pytest.mark.parametrize("first", [0, 3, 2 * _TABLE - 5])
+def test_noise_is_the_sum_of_two_windows_that_go_round(
+    starts: tuple[int, int], first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read from the two tables entry by entry."""
+    monkeypatch.setattr("dip_hf.noise._starts", lambda seed: starts)
+    one, other = _noise_table(_TABLE, 0), _noise_table(_TABLE - 1, 1)
+    (a, b), places = starts, range(first, first + 40)
+    expected = [one[(a + i) % _TABLE] + other[(b + i) % (_TABLE - 1)] for i in places]
+    assert _draw(0, first, 40).tolist() == [float(value) for value in expected]
+
+
+def test_over_seeds_the_noise_of_a_place_is_standard_normal_and_independent() -> None:
+    x = torch.stack([sample((seed, 0, 0, 0, 0, 0), (32,)) for seed in range(6_000)])
+    assert (torch.corrcoef(x.T) - torch.eye(32)).abs().max() < 5 / len(x) ** 0.5
+    assert stats.kstest(x.flatten().double().numpy(), "norm").pvalue > 1e-3
+    products = (x[:, :-1] * x[:, 1:]).square().mean()  # of pairs that are independent, not merely uncorrelated
+    assert products.item() == pytest.approx(1, abs=0.05)
+
+
+def test_a_draw_longer_than_the_tables_does_not_repeat() -> None:
+    """Where the first table comes round, the second is elsewhere: what is in common is one of two entries."""
+    x = gaussian((_TABLE + 50_000,), 3, CPU)
+    start, later = x[:50_000], x[_TABLE:]
+    assert (start == later).float().mean() < 0.01
+    assert torch.corrcoef(torch.stack([start, later]))[0, 1].item() == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_table_holds_every_quantile_once_in_no_order(number: int) -> None:
+    length = _TABLE - number
+    table = _noise_table(length, number).astype(np.float64)
+    assert np.array_equal(table[length:], table[:_PIECE])
+    table = table[:length]
+    exact = stats.norm.cdf(np.sort(table) * 2**0.5)
+    levels = np.arange(length + 1) / length
+    assert max(np.abs(levels[1:] - exact).max(), np.abs(exact - levels[:-1]).max()) < 1e-6
+    assert (table**2).mean() == pytest.approx(0.5, abs=1e-6)
+    for lag in (1, 2, 192, 4096):
+        assert abs(np.corrcoef(table[:-lag], table[lag:])[0, 1]) < 5 / length**0.5
+
+
 def test_pieces_join_to_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     v, std = torch.randn(4, 7, 5, requires_grad=True), torch.ones(5, requires_grad=True)
-    monkeypatch.setattr("dip_hf.noise._STREAM", 20)  # four rows
     results = []
-    for piece in (1, 40, 10**6):
-        monkeypatch.setattr("dip_hf.noise._PIECE", piece)
+    for piece in (5, 20, 10**6):
+        monkeypatch.setattr("dip_hf.noise._PIECE", min(piece, _PIECE))
         noisy = add_noise(v, std, KEY.tensor(), 0, 2)
-        results.append((noisy, *torch.autograd.grad(noisy.square().sum(), (v, std))))
+        results.append((noisy, *torch.autograd.grad(noisy.square().sum(), (v, std)), gaussian((57,), 4, CPU)))
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-5)
     noise = torch.cat([gaussian((2, 7, 5), derive_seed(KEY.tensor(), 0, j), CPU) for j in range(2)])
     torch.testing.assert_close(results[0][0], v + noise)
 
 
-@pytest.fixture
-def restore_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-def test_the_number_of_threads_changes_nothing(restore_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dip_hf.noise._STREAM", 64)
-    v, std, results = torch.randn(4, 50, 8), torch.ones(8), []
-    for threads in (1, 2, 3, 100):
-        torch.set_num_threads(threads)
-        noise = gaussian((100, 8), 3, CPU)
-        results.append((noise, add_noise(v, std, KEY.tensor(), 0, 2), noise_gradient(v, KEY.tensor(), 0, 2)))
-    for result in results[1:]:
-        assert torch.equal(result[0], results[0][0]) and torch.equal(result[1], results[0][1])
-        torch.testing.assert_close(result[2], results[0][2])  # a sum, whose order is torch's
-
-
-def test_streams_are_independent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several thousand streams of 64 samples: no two alike, and their joint moments are those of one."""
-    monkeypatch.setattr("dip_hf.noise._STREAM", 64)
-    x = gaussian((4_000 * 4, 16), 9, CPU).view(4_000, 64)
-    assert len(x.unique(dim=0)) == 4_000
-    assert (torch.corrcoef(x[:, :8].T) - torch.eye(8)).abs().max() < 5 / 4_000**0.5
-    assert torch.corrcoef(torch.stack([x[:-1].flatten(), x[1:].flatten()]))[0, 1].abs() < 5 / x.numel() ** 0.5
-    assert stats.kstest(x.flatten().double().numpy(), "norm").pvalue > 1e-3
-
-
 def test_distance_and_support_are_the_documented_ones() -> None:
-    """Of the table: half a step of 2^-16 between the steps, and its rescaling to unit variance."""
-    quantiles = _normal_quantiles().astype(np.float64)
+    """Of `few_gaussians`: half a step of 2^-16 between the steps, and the rescaling to unit variance."""
+    quantiles = _normal_quantiles(2**16).astype(np.float64)
     levels = np.arange(2**16 + 1) / 2**16
     exact = stats.norm.cdf(quantiles)
     assert max(np.abs(levels[1:] - exact).max(), np.abs(exact - levels[:-1]).max()) < 1.05e-5
     assert 4.3 < quantiles.max() < 4.4 and quantiles.min() == pytest.approx(-quantiles.max())
     assert (quantiles**2).mean() == pytest.approx(1, abs=1e-6)
-
-
-def test_two_neighbours_are_independent() -> None:
-    """The table of pairs: both coordinates take every quantile, no moment joins them, and every rectangle that is cut
-    off at quantiles holds its share of the points up to the documented distance."""
-    pairs = _normal_pairs()
-    x, y = pairs.real.astype(np.float64), pairs.imag.astype(np.float64)
-    for coordinate in (x, y):
-        assert np.array_equal(np.sort(coordinate), np.sort(_normal_quantiles()).astype(np.float64))
-    for powers in ((1, 1), (1, 2), (2, 1), (2, 2), (1, 3), (3, 3)):
-        independent = (x ** powers[0]).mean() * (y ** powers[1]).mean()
-        assert (x ** powers[0] * y ** powers[1]).mean() == pytest.approx(independent, abs=1e-3), powers
-    points = np.stack([stats.norm.cdf(x), stats.norm.cdf(y)])
-    corners = np.random.default_rng(0).random((500, 2))
-    shares = [(points < corner[:, None]).all(0).mean() for corner in corners]
-    assert np.abs(shares - corners.prod(1)).max() < 5e-5
+    assert sum(_noise_table(_TABLE - number, number).max() for number in (0, 1)) == pytest.approx(6.9, abs=0.05)
 
 
 @given(st.integers(0, 100), st.integers(0, 100), st.integers(-(2**63), 2**63 - 1))
@@ -208,24 +208,6 @@ def test_few_numbers_are_standard_normal_over_seeds() -> None:
     numbers = torch.stack([few_gaussians(40, seed) for seed in range(500)]).double()
     assert stats.kstest(numbers.flatten().numpy(), "norm").pvalue > 1e-3
     torch.testing.assert_close(numbers.T.cov(), torch.eye(40).double(), atol=0.25, rtol=0)
-
-
-def test_a_forked_process_draws_too(restore_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It inherits no threads, and must not wait for those of its parent."""
-    monkeypatch.setattr("dip_hf.noise._STREAM", 64)
-    torch.set_num_threads(2)
-    here = gaussian((100, 8), 3, CPU)
-    receiver, sender = multiprocessing.Pipe(duplex=False)
-    child = multiprocessing.get_context("fork").Process(
-        target=lambda: sender.send(gaussian((100, 8), 3, CPU).tolist())
-    )
-    child.start()
-    try:
-        assert receiver.poll(60)
-        assert receiver.recv() == here.tolist()
-    finally:
-        child.kill()
-        child.join()
 
 
 def test_backward_keeps_nothing_as_large_as_the_input() -> None:
@@ -254,8 +236,19 @@ def test_a_frozen_std_draws_no_noise_in_the_backward_pass(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("shape", [(4, 3, 5), (4, 5), (4, 0, 5)])
 def test_operators_are_well_formed(shape: tuple[int, ...]) -> None:
     v, std = torch.randn(shape, requires_grad=True), torch.rand(5, requires_grad=True)
-    torch.library.opcheck(add_noise, (v, std, KEY.tensor(), 0, 2))
+    torch.library.opcheck(noised, (v.detach(), std.detach(), KEY.tensor(), 0, 2))
     torch.library.opcheck(noise_gradient, (torch.randn(shape), KEY.tensor(), 0, 2))
+    assert torch.equal(noised(v.detach(), std.detach(), KEY.tensor(), 0, 2), add_noise(v, std, KEY.tensor(), 0, 2))
+
+
+def test_a_compiled_pass_equals_an_eager_one() -> None:
+    results = []
+    for function in (add_noise, torch.compile(add_noise, backend="aot_eager", fullgraph=True)):
+        v, std = torch.linspace(-1, 1, 40).view(4, 2, 5).requires_grad_(), torch.rand(5).fill_(0.5).requires_grad_()
+        u = function(v, std, KEY.tensor(), 3, 2)
+        results.append((u.detach(), *torch.autograd.grad(u.square().sum(), (v, std))))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_an_input_that_is_not_contiguous() -> None:

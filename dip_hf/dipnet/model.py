@@ -45,6 +45,9 @@ class DIPNetModel(CheckedLoraModel):
 
     A site is a child module of the block with a forward pre-hook; the block itself is not wrapped, so everything
     that PEFT, transformers and TRL do with blocks goes on working.
+
+    Attributes:
+        noise_state: what all sites and posteriors of the model share.
     """
 
     tuner_layer_cls = (LoraLayer, NoiseSite)  # PEFT uses it in `isinstance` alone
@@ -77,11 +80,11 @@ class DIPNetModel(CheckedLoraModel):
         for name, site in earlier.items():
             self._keep_outside(model, name, site)
         # After PEFT's own injection, which takes a model that already holds tuner layers for a second adapter's.
-        state = self.noise_state(model)
+        self.noise_state = self._shared_state(model)
         for layer in chosen:
-            self._add_site(model, adapter_name, config, layer, state, low_cpu_mem_usage)
+            self._add_site(model, adapter_name, config, layer, low_cpu_mem_usage)
         if variational:
-            add_posteriors(model, adapter_name, config, variational, state, low_cpu_mem_usage)
+            add_posteriors(model, adapter_name, config, variational, self.noise_state, low_cpu_mem_usage)
 
     def _resolve_posterior(self, model: nn.Module, config: DIPNetConfig) -> list[int]:
         if config.variational_rank == 0:
@@ -126,7 +129,6 @@ class DIPNetModel(CheckedLoraModel):
         adapter_name: str,
         config: DIPNetConfig,
         layer: int,
-        state: NoiseState,
         low_cpu_mem_usage: bool,
     ) -> None:
         assert config.block_names is not None  # resolved above
@@ -134,7 +136,7 @@ class DIPNetModel(CheckedLoraModel):
         block = model.get_submodule(name)
         site = getattr(block, SITE_NAME, None)  # not from _modules: a compiled block passes the question on
         if not isinstance(site, NoiseSite):
-            site = NoiseSite(layer, _input_size(model, block, name), state)
+            site = NoiseSite(layer, _input_size(model, block, name), self.noise_state)
             site.attach(block, SITE_NAME)
             # A LoRA layer is born in training mode, whatever the mode of what it wraps.
             site.train((block.get_base_layer() if isinstance(block, BaseTunerLayer) else block).training)
@@ -154,8 +156,8 @@ class DIPNetModel(CheckedLoraModel):
         leaf.weight.requires_grad_(trainable)
 
     @staticmethod
-    def noise_state(model: nn.Module) -> NoiseState:
-        """The state that the model's sites and posteriors share; a new one where there are none yet."""
+    def _shared_state(model: nn.Module) -> NoiseState:
+        """What the model's sites and posteriors share; a new one where there are none yet."""
         kinds = (NoiseSite, Covariance)
         return next((module.state for module in model.modules() if isinstance(module, kinds)), NoiseState())
 
@@ -164,12 +166,11 @@ class DIPNetModel(CheckedLoraModel):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As PEFT's; the sites learn which tokens are padding, which must not count in the noise's scale."""
-        state = self.noise_state(self.model)
-        state.attention_mask = kwargs.get("attention_mask")
+        self.noise_state.attention_mask = kwargs.get("attention_mask")
         try:
             return super().forward(*args, **kwargs)
         finally:
-            state.attention_mask = None
+            self.noise_state.attention_mask = None
 
     def block_names(self) -> list[str]:
         """Module names of all decoder blocks, in order of depth."""
@@ -214,7 +215,7 @@ class DIPNetModel(CheckedLoraModel):
                 f"output_router_logits=True with trajectories={trajectories}: the experts' balance loss counts the "
                 "batch's rows once in every block; set output_router_logits=False, or train one trajectory."
             )
-        state = self.noise_state(self.model)
+        state = self.noise_state
         with state.passes_under(key, posterior_key or key, trajectories):
             layers = random_layers(self.model)
             first = next(layers, None)

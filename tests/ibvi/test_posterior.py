@@ -66,7 +66,8 @@ def test_some_blocks_only(blocks: Any) -> None:
     "options", [{"use_rslora": True}, {"rank_pattern": {"q_proj": 2}}, {"lora_alpha": 32}], ids=str
 )
 def test_options_of_lora(options: dict[str, Any]) -> None:
-    assert_samples(variational(build(), **options), batch(), 2)
+    """In double precision: a large alpha makes weights whose rounding a few tokens amplify a thousandfold."""
+    assert_samples(variational(build(), **options).double(), batch(), 2, tolerance=1e-9)
 
 
 def test_trajectories_share_the_computation_below_the_first_variational_block() -> None:
