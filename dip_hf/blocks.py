@@ -45,6 +45,24 @@ def find_decoder_blocks(
     return [f"{found[0]}.{index}" for index in range(depth)]
 
 
+def last_share(choice: str | int | Sequence[int], field: str) -> int | None:
+    """The percentage in a choice such as "25%"; None for any other.
+
+    Args:
+        choice: as for `select_blocks`.
+        field: the option's name, for the error message.
+
+    Raises:
+        ValueError: a percentage below 1 or above 100.
+    """
+    if not isinstance(choice, str) or not re.fullmatch(r"\d+%", choice):
+        return None
+    share = int(choice[:-1])
+    if not 1 <= share <= 100:
+        raise ValueError(f"{field}={choice!r} must be from '1%' to '100%' of the blocks.")
+    return share
+
+
 def select_blocks(names: Sequence[str], choice: str | int | Sequence[int], field: str) -> list[int]:
     """Indices of the chosen blocks, ascending.
 
@@ -62,10 +80,7 @@ def select_blocks(names: Sequence[str], choice: str | int | Sequence[int], field
     chosen: list[int]
     if choice == "all":
         chosen = list(range(depth))
-    elif isinstance(choice, str) and re.fullmatch(r"\d+%", choice):
-        share = int(choice[:-1])
-        if not 1 <= share <= 100:
-            raise ValueError(f"{field}={choice!r} must be from '1%' to '100%' of the blocks.")
+    elif (share := last_share(choice, field)) is not None:
         chosen = list(range(depth - -(-depth * share // 100), depth))
     elif isinstance(choice, str):
         try:

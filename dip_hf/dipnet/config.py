@@ -19,6 +19,7 @@ from dip_hf.adapter_files import (
     fetch_weights,
     read_config,
 )
+from dip_hf.blocks import last_share
 from dip_hf.dipnet.field_checks import check_declared, check_fields
 from dip_hf.peft_compat import DUMMY_TARGET_MODULES, DIPPeftType, requested_variants
 
@@ -115,6 +116,7 @@ class DIPNetConfig(LoraConfig):
             indices = blocks if isinstance(blocks, list) else [blocks]
             if any(isinstance(index, bool) or not isinstance(index, kinds) for index in indices):
                 raise ValueError(f"{name}={blocks!r} must be 'all', a number, '25%', a list of indices or a pattern.")
+            last_share(blocks, name)
         if self.layer_replication:
             raise ValueError(
                 f"layer_replication={self.layer_replication} shares one block's noise between several depths, which "

@@ -133,6 +133,7 @@ class AdapterArguments(ModelConfig):
                 f"variational_rank={self.variational_rank} contradicts adapter={self.adapter!r}: set it to 0, or "
                 "choose adapter 'dipnet' (with noise_blocks '0' for the posterior alone)"
             )
+        self.peft_config()  # refuses what it would refuse once data and weights are loaded
 
     def peft_config(self) -> LoraConfig | None:
         """Return the adapter's config for the trainer, or None where every weight is trained."""

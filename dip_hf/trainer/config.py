@@ -8,7 +8,7 @@ from typing import Any
 
 from trl import SFTConfig
 
-from dip_hf.blocks import parse_blocks
+from dip_hf.blocks import last_share, parse_blocks
 from dip_hf.dres.branch import check_share, coded_size
 from dip_hf.icp.options import ICPOptions
 
@@ -130,6 +130,7 @@ class DIPSFTConfig(SFTConfig):
         self.icp_options()
         coded_size(self.dres_placement, self.dres_group_size, self.dres_oversampling)
         check_share(self.dres_share)
+        last_share(self.dres_blocks, "dres_blocks")
         if not 0 <= self.dres_weight < math.inf:
             raise ValueError(f"dres_weight={self.dres_weight} must not be negative; 0 turns DReS off.")
         if not isinstance(self.num_trajectories, int) or self.num_trajectories < 1:

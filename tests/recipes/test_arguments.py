@@ -111,6 +111,8 @@ def test_an_unknown_option_is_named_with_its_neighbours(tmp_path: Path) -> None:
         ({"train_size": 0}, "train_size=0 must be at least 1"),
         ({"ignore_bias_buffers": True}, "ignore_bias_buffers=True is not supported.*remove it"),
         ({"lora_r": "eight"}, "lora_r.*invalid int value: 'eight'"),
+        ({"noise_scale": 0.0}, "noise_scale=0.0 must be positive"),
+        ({"noise_blocks": "150%"}, "noise_blocks='150%' must be from '1%' to '100%'"),
         ({"num_trajectories": 0}, "num_trajectories=0"),
         ({"stability_weight": 0.01}, "stability_weight=0.01"),
     ],

@@ -25,6 +25,7 @@ from tests.trainer.tiny import ADAPTER, base_model, make_trainer
         ({"dres_oversampling": 0.75}, "dres_oversampling=0.75 must be at least 1"),
         ({"dres_group_size": 2, "dres_oversampling": 2.5}, "dres_oversampling=2.5: .*always 0; change the over"),
         ({"dres_share": 0.0}, "dres_share=0.0 must be above 0 and at most 1.*1 codes all"),
+        ({"dres_blocks": "200%"}, "dres_blocks='200%' must be from '1%' to '100%'"),
         ({"dres_share": 1.5}, "dres_share=1.5 must be above 0 and at most 1"),
         ({"icp_weight": -1.0}, "icp_weight=-1.0 must not be negative; 0 turns ICP off"),
         ({"icp_steps": 0}, "icp_steps=0 must be .*at least 1; to turn ICP off set icp_weight to 0"),
