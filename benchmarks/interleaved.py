@@ -53,6 +53,12 @@ class Shape:
         mlp = 3 * config.hidden_size * config.intermediate_size
         return 2 * config.hidden_size * width, mlp, config.hidden_size * config.vocab_size
 
+    @property
+    def head_share(self) -> float:
+        """The head's share of all matrix products, attention's own left out."""
+        attention, mlp, head = self.products()
+        return head / (self.depth * (attention + mlp) + head)
+
 
 def _llama(hidden: int, depth: int) -> LlamaConfig:
     return LlamaConfig(

@@ -7,7 +7,8 @@ All arms of a shape live in one process and take turns; see interleaved.py. Peak
 (CUDA) or from the profiler's allocation events (CPU), with parameters, gradients and optimiser state.
 
 The floor is the analytic cost without any overhead, as a multiple of LoRA's, in matrix products of blocks alone (a
-backward pass to the activations counts like a forward pass). m trajectories from block s of L on: (s + m(L - s))/L.
+backward pass to the activations counts like a forward pass). m trajectories from block s of L on: (s + m(L - s))/L;
+they also need the head m times, whose share is printed, and which is large in so small models.
 DReS on the last quarter q of the blocks at N/K = 1.25 with a share p of the groups coded: 1 + 1.25 p q, for token
 placement times the MLP's share. ICP with one step: the gradient for the perturbation and the teacher add a backward
 and a forward pass, 2; from three quarters of the depth, every fourth step: 1 + (1/4)/4. A posterior of rank R adds no
@@ -222,7 +223,9 @@ def main() -> None:
         arm for arm in ARMS[1:] if not options.arm or any(part in arm.name for part in options.arm)
     )
     rows = [row for shape in shapes for row in measure(shape, arms, options.rounds, options.builds, device)]
+    heads = ", ".join(f"{shape.name} {shape.head_share:.0%}" for shape in shapes)
     note = f"20 % trimmed means of {options.rounds} interleaved timings in each of {options.builds} builds"
+    note += f"; the head's share of the matrix products: {heads}"
     report(rows, device, note, options.json)
 
 
