@@ -8,7 +8,7 @@ All arms of a shape live in one process and take turns; see interleaved.py. Peak
 
 The floor is the analytic cost without any overhead, as a multiple of LoRA's, in matrix products of blocks alone (a
 backward pass to the activations counts like a forward pass). m trajectories from block s of L on: (s + m(L - s))/L;
-they also need the head m times, whose share is printed, and which is large in so small models.
+they also need the head m times, whose share is printed, and which is not small where the vocabulary is large.
 DReS on the last quarter q of the blocks at N/K = 1.25 with a share p of the groups coded: 1 + 1.25 p q, for token
 placement times the MLP's share. ICP with one step: the gradient for the perturbation and the teacher add a backward
 and a forward pass, 2; from three quarters of the depth, every fourth step: 1 + (1/4)/4. A posterior of rank R adds no
