@@ -71,7 +71,7 @@ def train(study: Study, store: Store, job: Job, member: int = 0) -> dict[str, An
     """Make one of a job's training runs, or find it finished; return what its training.json says."""
     assert job.size is not None and job.seed is not None and job.trial is not None
     folder = store.training_folder(job.trained[member])
-    if not (folder / "training.json").is_file():
+    if not store.has_training(job.trained[member]):
         # A folder of this process, renamed when it is whole: what a killed run leaves is never taken for a run
         part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
         shutil.rmtree(part, ignore_errors=True)

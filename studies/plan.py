@@ -6,7 +6,7 @@ from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from studies.spec import Arm, Study
 from studies.store import Store, cell_key, training_key, training_keys, trial_key
@@ -47,6 +47,15 @@ class Job:
         return f"{self.arm} size {self.size} seed {self.seed}" + (
             f" trial {self.trial}" if self.kind == "trial" else ""
         )
+
+
+class Work(NamedTuple):
+    """What the time that a job takes depends on: its kind, whether it trains or finds its runs made, arm and size."""
+
+    kind: Literal["trial", "cell"]
+    trains: bool
+    arm: str
+    size: int | None
 
 
 @dataclass(frozen=True)
@@ -160,22 +169,31 @@ def next_job(
     return None
 
 
-def remaining(study: Study, store: Store, only: Container[str] | None = None) -> list[tuple[str, str, int | None]]:
-    """Kind, arm and size of every result that is still to be made, those without a chosen setting included.
+def work_of(store: Store, job: Job) -> Work:
+    """What a job that is not begun yet will have to do."""
+    trains = not all(store.has_training(key) for key in job.trained)
+    return Work(job.kind, trains, job.arm, job.size)
+
+
+def remaining(study: Study, store: Store, only: Container[str] | None = None) -> list[Work]:
+    """Every result that is still to be made, those without a chosen setting included.
 
     Arms as for `cells`.
     """
-    rest: dict[tuple[str, ...], tuple[str, str, int | None]] = {}
+    rest: dict[tuple[str, ...], Work] = {}
     for cell in cells(study, only):
         job = cell_job(study, store, cell)
         if job is None:
             assert cell.size is not None
             for trial in trial_jobs(study, cell.arm, cell.size):
                 if not store.has("trials", trial.key):
-                    rest[("trial", trial.key)] = ("trial", cell.arm.name, cell.size)
-            rest[("cell", cell.arm.name, str(cell.size), str(cell.seed))] = ("cell", cell.arm.name, cell.size)
+                    rest[("trial", trial.key)] = work_of(store, trial)
+            trains = cell.seed not in study.selection.seeds or cell.arm.ensemble > 1  # or the trial's run is taken
+            rest[("cell", cell.arm.name, str(cell.size), str(cell.seed))] = Work(
+                "cell", trains, cell.arm.name, cell.size
+            )
         elif not store.has("cells", job.key):
-            rest[("cell", job.key)] = ("cell", cell.arm.name, cell.size)
+            rest[("cell", job.key)] = work_of(store, job)
     return list(rest.values())
 
 

@@ -20,7 +20,7 @@ from statistics import fmean
 from studies.arguments import check_fields
 from studies.jobs import run_job
 from studies.load import close_to, load_study
-from studies.plan import Job, cells, finished_cells, next_job, remaining
+from studies.plan import Work, cells, finished_cells, next_job, remaining, work_of
 from studies.spec import Study
 from studies.store import Store, write_text
 from studies.workers import Do, Outcome, Workers
@@ -39,27 +39,28 @@ class Progress:
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
-        self._seconds: list[tuple[tuple[str, str, int | None], float]] = []
+        self._seconds: list[tuple[Work, float]] = []
 
-    def note(self, job: Job, seconds: float) -> None:
+    def note(self, work: Work, seconds: float) -> None:
         """Note how long a job took."""
-        self._seconds.append(((job.kind, job.arm, job.size), seconds))
+        self._seconds.append((work, seconds))
 
-    def left(self, rest: list[tuple[str, str, int | None]]) -> float | None:
-        """Seconds that `rest` (kind, arm, size) will take; None before the first job is done.
+    def left(self, rest: list[Work]) -> float | None:
+        """Seconds that `rest` will take; None before the first job is done.
 
-        A job is expected to take the mean of those of its kind, arm and size, or the nearest there is: of its kind
-        and size, of its size, of all.
+        A job is expected to take the mean of those of its kind, arm and size that trained or did not as it does, or
+        of the nearest there are: of any arm, of any arm and kind, of the size, of all.
         """
         if not self._seconds:
             return None
-        return sum(self._expected(*job) for job in rest) / self._workers
+        return sum(self._expected(work) for work in rest) / self._workers
 
-    def _expected(self, kind: str, arm: str, size: int | None) -> float:
+    def _expected(self, work: Work) -> float:
         for alike in (
-            lambda other: other == (kind, arm, size),
-            lambda other: (other[0], other[2]) == (kind, size),
-            lambda other: other[2] == size,
+            lambda other: other == work,
+            lambda other: other._replace(arm=work.arm) == work,
+            lambda other: (other.trains, other.size) == (work.trains, work.size),
+            lambda other: other.size == work.size,
         ):
             seconds = [took for other, took in self._seconds if alike(other)]
             if seconds:
@@ -85,6 +86,7 @@ def run(study: Study, do: Do, number: int, hours: float | None = None, only: Seq
     start, total = time.monotonic(), len(cells(study, only))
     failures: dict[str, str] = {}
     died: Counter[str] = Counter()
+    under_way: dict[str, Work] = {}
     store.write_results(study, finished_cells(study, store))
     asked = "" if only is None else f" of {', '.join(only)}"
     print(f"{study.name}: {_finished(study, store, only)} of {total} cells{asked} are finished", flush=True)
@@ -99,6 +101,7 @@ def run(study: Study, do: Do, number: int, hours: float | None = None, only: Seq
                 job = next_job(study, store, busy, failures, only)
                 if job is None:
                     break
+                under_way[job.key] = work_of(store, job)
                 workers.submit(job)
             if not workers.jobs:
                 break
@@ -109,7 +112,7 @@ def run(study: Study, do: Do, number: int, hours: float | None = None, only: Seq
                     failures[job.key] = job.title
                     write_text(store.failure(job.key), outcome.error)
                 if outcome.result is not None:
-                    progress.note(job, outcome.result["seconds"])
+                    progress.note(under_way[job.key], outcome.result["seconds"])
                 store.write_results(study, finished_cells(study, store))
                 rest = progress.left(remaining(study, store, only))
                 done = _finished(study, store, only)

@@ -92,6 +92,10 @@ class Store:
         """Where a training run stands once it is finished."""
         return self.folder / "trainings" / key
 
+    def has_training(self, key: str) -> bool:
+        """Whether a training run is finished."""
+        return (self.training_folder(key) / "training.json").is_file()
+
     def clear_parts(self) -> None:
         """Remove what killed processes left half-written."""
         for path in self.folder.glob("*/*.part"):

@@ -61,11 +61,11 @@ def test_a_changed_arm_keeps_the_others(tmp_path: Path) -> None:
     assert not remaining(before, store)
     arms = {"base": {"untrained": True}, "lora": {"trials": [{"learning_rate": 1e-3}, {"learning_rate": 1e-2}]}}
     after = small_study(tmp_path, arms={**arms, "dipnet": {"adapter": "dipnet", "trials": [{}, {"noise_scale": 0.3}]}})
-    assert {arm for _, arm, _ in remaining(after, store)} == {"dipnet"}
+    assert {work.arm for work in remaining(after, store)} == {"dipnet"}
     other = small_study(tmp_path, common={**before.common, "lora_r": 4})
-    assert {arm for _, arm, _ in remaining(other, store)} == {"lora", "neftune"}
+    assert {work.arm for work in remaining(other, store)} == {"lora", "neftune"}
     items = {"items": {"standard": 5}}
-    assert {kind for kind, _, _ in remaining(small_study(tmp_path, evaluation=items), store)} == {"cell"}
+    assert {work.kind for work in remaining(small_study(tmp_path, evaluation=items), store)} == {"cell"}
 
 
 def test_arms_that_share_training_runs_make_them_once(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_ways_to_predict_share_training_runs(tmp_path: Path) -> None:
     assert next_job(study, store, {ensemble.trained[2]}, given_up) is None
     assert next_job(study, store, set(), given_up) == ensemble
     assert next_job(study, store, set(), set(), only=["dropout"]) == others[1]
-    assert {arm for _, arm, _ in remaining(study, store, only=["lora", "ensemble"])} == {"lora", "ensemble"}
+    assert {work.arm for work in remaining(study, store, only=["lora", "ensemble"])} == {"lora", "ensemble"}
 
 
 def test_an_ensembles_members_read_the_same_examples_from_another_start(tmp_path: Path) -> None:

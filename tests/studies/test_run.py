@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from studies.plan import Job
+from studies.plan import Work
 from studies.run import Progress, main, run
 from tests.studies.support import small_study, write_study
 from tests.studies.workload import do
@@ -69,12 +69,27 @@ def test_a_study_is_done_in_parts(tmp_path: Path, capfd: pytest.CaptureFixture[s
 
 def test_the_time_left_is_estimated_from_the_nearest_jobs() -> None:
     progress = Progress(workers=2)
-    rest = [("cell", "lora", 8), ("cell", "neftune", 8), ("trial", "neftune", 8), ("cell", "lora", 99)]
+    rest = [
+        Work("cell", True, "lora", 8),
+        Work("cell", True, "neftune", 8),
+        Work("cell", False, "neftune", 8),
+        Work("trial", True, "neftune", 8),
+        Work("trial", False, "lora", 99),
+    ]
     assert progress.left(rest) is None
-    for kind, arm, seconds in (("cell", "lora", 10.0), ("cell", "dipnet", 30.0), ("trial", "lora", 5.0)):
-        progress.note(Job(kind, arm, 8, 0, 0, ("t",), "k"), seconds)
-    expected = [10.0, (10 + 30) / 2, 5.0, (10 + 30 + 5) / 3]
+    for kind, trains, arm, seconds in (
+        ("cell", True, "lora", 10.0),
+        ("cell", True, "dipnet", 30.0),
+        ("cell", False, "lora", 3.0),
+        ("trial", True, "lora", 5.0),
+    ):
+        progress.note(Work(kind, trains, arm, 8), seconds)
+    expected = [10.0, (10 + 30) / 2, 3.0, 5.0, (10 + 30 + 3 + 5) / 4]
     assert progress.left(rest) == pytest.approx(sum(expected) / 2)
+    only_trials = Progress(workers=1)
+    only_trials.note(Work("trial", True, "lora", 8), 5.0)
+    only_trials.note(Work("cell", False, "lora", 8), 1.0)
+    assert only_trials.left([Work("cell", True, "lora", 8)]) == 5.0  # what trains takes longer than what does not
     assert progress.left([]) == 0
 
 
