@@ -215,8 +215,7 @@ class DIPNetModel(CheckedLoraModel):
                 f"output_router_logits=True with trajectories={trajectories}: the experts' balance loss counts the "
                 "batch's rows once in every block; set output_router_logits=False, or train one trajectory."
             )
-        state = self.noise_state
-        with state.passes_under(key, posterior_key or key, trajectories):
+        with self.noise_state.passes_under(key, posterior_key or key, trajectories):
             layers = random_layers(self.model)
             first = next(layers, None)
             if first is None:
@@ -227,8 +226,8 @@ class DIPNetModel(CheckedLoraModel):
             if trajectories > 1:
                 names = self.block_names()[min([first, *layers]) :]
                 blocks = [self.model.get_submodule(name) for name in names]
-            with fold_trajectories(blocks, trajectories, state):
-                yield state.log_variances
+            with fold_trajectories(blocks, trajectories, self.noise_state):
+                yield self.noise_state.log_variances
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As PEFT's, after which every layer has the same active adapters.
