@@ -155,6 +155,6 @@ def test_the_script_names_a_typo_without_a_traceback(tmp_path: Path, monkeypatch
 
 def test_every_regulariser_at_once(no_network: None) -> None:
     text = describe("--config", str(ROOT / "recipes" / "configs" / "quickstart_all.yaml"))
-    assert "DReS        weight 0.1, token placement through model.layers.3.mlp, K = 8, N = 10" in text
+    assert "DReS        weight 1.0, token placement through model.layers.3.mlp, K = 8, N = 10" in text
     assert "0.5 of the groups" in text
     assert "ICP         weight 0.5, 1 step(s) of 0.03 from block 0" in text and "comparing blocks [0, 1, 2, 3]" in text
