@@ -79,7 +79,7 @@ benchmark: $(INSTALLED)
 STUDY ?= studies/two_cores.yaml
 study: $(INSTALLED)
 	$(BIN)/python -m studies.run $(STUDY) --workers 2
-	$(BIN)/python -m studies.report $(STUDY)
+	$(BIN)/python -m studies.report # of every study in studies/: one alone would replace the others in docs/results.md
 
 pretrain: $(INSTALLED)
 	$(BIN)/python recipes/pretrain.py --config recipes/configs/pretrain.yaml

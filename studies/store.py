@@ -7,8 +7,8 @@
     OUTPUT_DIR/NAME.jsonl         the cells of the study NAME as it stands, one line each
 
 A key is a hash of what the study says, the data and the base, so a changed study keeps what it still needs, and
-studies with one output_dir share what they have in common. It does not know the defaults of
-fields that the study leaves out.
+studies with one output_dir share what they have in common. It does not know the defaults of fields that the study
+leaves out.
 """
 
 from __future__ import annotations

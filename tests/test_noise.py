@@ -187,6 +187,23 @@ def test_pieces_join_to_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(results[0][0], v + noise)
 
 
+def test_the_number_of_threads_changes_nothing() -> None:
+    before, results = torch.get_num_threads(), []
+    v, std = torch.randn(4, 8_000, 8), torch.ones(8)  # enough for torch to share it out
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            noise = gaussian((100_000,), 3, CPU)
+            results.append(
+                (noise, add_noise(v, std, KEY.tensor(), 0, 2), noise_gradient(v[:, :50], KEY.tensor(), 0, 2))
+            )
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert torch.equal(result[0], results[0][0]) and torch.equal(result[1], results[0][1])
+        torch.testing.assert_close(result[2], results[0][2])  # a sum, whose order is torch's
+
+
 def test_distance_and_support_are_the_documented_ones() -> None:
     """Of `few_gaussians`: half a step of 2^-16 between the steps, and the rescaling to unit variance."""
     quantiles = _normal_quantiles(2**16).astype(np.float64)

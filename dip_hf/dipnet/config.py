@@ -116,7 +116,7 @@ class DIPNetConfig(LoraConfig):
             indices = blocks if isinstance(blocks, list) else [blocks]
             if any(isinstance(index, bool) or not isinstance(index, kinds) for index in indices):
                 raise ValueError(f"{name}={blocks!r} must be 'all', a number, '25%', a list of indices or a pattern.")
-            last_share(blocks, name)
+            last_share(blocks, name)  # refuses a percentage that is none
         if self.layer_replication:
             raise ValueError(
                 f"layer_replication={self.layer_replication} shares one block's noise between several depths, which "

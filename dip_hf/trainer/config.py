@@ -130,7 +130,7 @@ class DIPSFTConfig(SFTConfig):
         self.icp_options()
         coded_size(self.dres_placement, self.dres_group_size, self.dres_oversampling)
         check_share(self.dres_share)
-        last_share(self.dres_blocks, "dres_blocks")
+        last_share(self.dres_blocks, "dres_blocks")  # refuses a percentage that is none
         if not 0 <= self.dres_weight < math.inf:
             raise ValueError(f"dres_weight={self.dres_weight} must not be negative; 0 turns DReS off.")
         if not isinstance(self.num_trajectories, int) or self.num_trajectories < 1:
