@@ -75,7 +75,7 @@ benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks/overhead.py --preset cpu --json runs/overhead.json
 	$(BIN)/python benchmarks/prediction.py --preset cpu --json runs/prediction.json
 
-# Two hours on two cores; the same command goes on after an interruption.
+# About seven hours on two cores, the cheapest arms in the first two; the same command goes on after an interruption.
 STUDY ?= studies/two_cores.yaml
 study: $(INSTALLED)
 	$(BIN)/python -m studies.run $(STUDY) --workers 2

@@ -14,13 +14,27 @@ from studies.spec import OWNED, TASK_SETS, Arm, Evaluation, Selection, Study
 
 
 def load_study(path: str | Path) -> Study:
-    """Read a study's file.
+    """Read a study's file; keys that it leaves out are those of the file that it `extends`, beside it.
 
     Raises:
         ValueError: an unknown or missing key, or a value that makes no sense; names file, key, value and remedy.
             Whether a field is one of the recipe's is for `studies.arguments.check_fields` to say.
     """
     path = Path(path)
+    content = _read(path)
+    if "extends" in content:
+        other = path.with_name(str(content.pop("extends")))
+        extended = _read(other)
+        if "extends" in extended:
+            raise ValueError(f"{path}: extends={other.name!r} itself extends a file; name that one")
+        content = {**extended, **content}
+    try:
+        return _study(path.stem, content)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist: give a study's YAML file")
     try:
@@ -29,10 +43,7 @@ def load_study(path: str | Path) -> Study:
         raise ValueError(f"{path} is no YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a mapping, got {type(content).__name__}")
-    try:
-        return _study(path.stem, content)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    return content
 
 
 def _study(name: str, content: dict[str, Any]) -> Study:

@@ -145,5 +145,21 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
         load_study(broken)
 
 
+def test_a_file_takes_what_it_leaves_out_from_the_one_it_extends(tmp_path: Path) -> None:
+    whole = write_study(tmp_path)
+    other = tmp_path / "other.yaml"
+    other.write_text("extends: study.yaml\nseeds: [0, 5]\ncommon: {lora_r: 3}\n")
+    study, extended = load_study(other), load_study(whole)
+    assert (study.name, study.seeds, study.common) == ("other", (0, 5), {"lora_r": 3})
+    assert (study.model, study.sizes, study.evaluation) == (extended.model, extended.sizes, extended.evaluation)
+    third = tmp_path / "third.yaml"
+    third.write_text("extends: other.yaml")
+    with pytest.raises(ValueError, match=r"third\.yaml: extends='other\.yaml' itself extends a file"):
+        load_study(third)
+    third.write_text("extends: missing.yaml")
+    with pytest.raises(ValueError, match=r"missing\.yaml does not exist"):
+        load_study(third)
+
+
 def test_the_declaration_of_the_tests_is_sound(tmp_path: Path) -> None:
     assert set(declaration(tmp_path)) == set(vars(load_study(write_study(tmp_path)))) - {"name"}
