@@ -127,10 +127,10 @@ def _check(study: Study) -> None:
     for arm in study.arms:
         if arm.untrained and (arm.overrides or arm.trials != ({},)):
             raise ValueError(f"arms.{arm.name}: untrained leaves nothing to override; remove {sorted(arm.overrides)}")
-        if not arm.untrained and len(arm.trials) != budget:
+        if len(arm.trials) not in (1, budget):
             raise ValueError(
                 f"arms.{arm.name}.trials has {len(arm.trials)} settings and the reference's has {budget}: give every "
-                "arm the same number of trials"
+                "arm the same number of trials, or one"
             )
         if not arm.epochs_factor > 0:
             raise ValueError(f"arms.{arm.name}.epochs_factor={arm.epochs_factor} must be positive")

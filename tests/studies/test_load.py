@@ -145,6 +145,11 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
         load_study(broken)
 
 
+def test_a_control_may_have_nothing_to_choose(tmp_path: Path) -> None:
+    study = small_study(tmp_path, arms={"lora": {"trials": [{}, {"lora_r": 4}]}, "b": {"lora_r": 8}})
+    assert [len(arm.trials) for arm in study.arms] == [2, 1]
+
+
 def test_a_file_takes_what_it_leaves_out_from_the_one_it_extends(tmp_path: Path) -> None:
     whole = write_study(tmp_path)
     other = tmp_path / "other.yaml"
