@@ -51,7 +51,7 @@ def check_adapter_folder(folder: str | Path, require_weights: bool = True) -> No
             "Convert it with PEFT where you trust its origin, and save again."
         )
     elif require_weights:
-        raise ValueError(f"No {WEIGHTS_NAME} in {folder}: the adapter's weights are missing.")
+        raise ValueError(f"No {WEIGHTS_NAME} in {folder}: the adapter's weights are missing; save or copy it again.")
 
 
 def read_config(folder: Path) -> Mapping[str, Any]:

@@ -55,9 +55,9 @@ def make_trainer(
     )
 
 
-def main(data: DataArguments, training: DIPSFTConfig, adapter: AdapterArguments) -> None:
+def train(trainer: DIPSFTTrainer, data: DataArguments) -> None:
     """Train, and save the adapter (or the whole model) to `output_dir`."""
-    trainer = make_trainer(data, training, adapter)
+    training = trainer.args
     # Trainer looks for the last checkpoint on True, but its field holds text, and "true" would be a folder's name
     resume = training.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
@@ -68,13 +68,20 @@ def main(data: DataArguments, training: DIPSFTConfig, adapter: AdapterArguments)
     trainer.end()
 
 
-if __name__ == "__main__":
+def main(argv: list[str] | None = None) -> None:
+    """The command; `argv` stands for its words. A mistake that is found before training is said in one line."""
     try:
-        data_arguments, training_arguments, adapter_arguments = make_parser().parse_recipe()
+        data, training, adapter = make_parser().parse_recipe(argv)
+        if not data.dry_run:
+            trainer = make_trainer(data, training, adapter)
+        elif training.process_index == 0:
+            for line in describe_run(data, training, adapter, ARCHITECTURES):
+                print(line)
     except ValueError as error:
         sys.exit(f"recipes/sft.py: {error}")
-    if not data_arguments.dry_run:
-        main(data_arguments, training_arguments, adapter_arguments)
-    elif training_arguments.process_index == 0:
-        for line in describe_run(data_arguments, training_arguments, adapter_arguments, ARCHITECTURES):
-            print(line)
+    if not data.dry_run:
+        train(trainer, data)
+
+
+if __name__ == "__main__":
+    main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 from dip_hf.reasoning import FINETUNING
@@ -40,16 +41,13 @@ def check_fields(study: Study) -> None:
     for family in study.families:
         if family not in known:
             raise ValueError(f"families: {family!r} is no fine-tuning family{close_to(str(family), known)}")
-    size, seed = next(iter(study.sizes)), study.seeds[0]
-    for arm in study.arms:
-        if arm.untrained:
-            continue
-        for trial in range(len(arm.trials)):
+    for arm, size in product(study.arms, study.sizes):
+        for trial in range(0 if arm.untrained else len(arm.trials)):
             try:
-                _, _, adapter = parse_training(study.training(arm, size, seed, trial), study.output_dir)
+                _, _, adapter = parse_training(study.training(arm, size, study.seeds[0], trial), study.output_dir)
                 _check_prediction(arm, adapter)
             except (TypeError, ValueError) as error:
-                raise ValueError(f"arms.{arm.name}, trial {trial}: {error}") from error
+                raise ValueError(f"arms.{arm.name}, size {size}, trial {trial}: {error}") from error
 
 
 def _check_prediction(arm: Arm, adapter: AdapterArguments) -> None:

@@ -143,6 +143,10 @@ class Study:
         own_seed = seed + MEMBER_STEP * member
         config = {**self.common, **self.sizes[size], **arm.overrides, **arm.trials[trial]}
         if arm.epochs_factor != 1:
+            if "num_train_epochs" not in config:
+                raise ValueError(
+                    f"epochs_factor={arm.epochs_factor} scales num_train_epochs, which is not set: set it"
+                )
             config["num_train_epochs"] = config["num_train_epochs"] * arm.epochs_factor
         return {
             **config,

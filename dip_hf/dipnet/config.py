@@ -184,8 +184,9 @@ class DIPNetConfig(LoraConfig):
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         if not folder.is_dir():
             folder = fetch_weights(str(pretrained_model_name_or_path), subfolder, kwargs)
-        check_adapter_folder(folder, require_weights=False)
         content = read_config(folder)
+        # A model's file says so; a configuration that was saved alone has no weights beside it.
+        check_adapter_folder(folder, require_weights=content.get("inference_mode") is True)
         if content.get("peft_type") != DIPPeftType.DIPNET.value:
             raise ValueError(
                 f"{folder}: peft_type={content.get('peft_type')!r} is no DIPNet adapter; PEFT loads it as it is."

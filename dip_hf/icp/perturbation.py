@@ -150,7 +150,7 @@ class ICPBranch:
         tokens = perturbed_tokens(inputs, options.positions)
         if options.start_block > 0:
             # Above the embeddings the first token's activations are a thousand times larger, and so would its step be.
-            tokens &= compared_tokens(inputs)
+            tokens = tokens & compared_tokens(inputs)  # not in place: it may be the caller's mask
         clean, mask = record.site.detach(), fit_mask(tokens, record.site, in_front=False)
         sign = -1 if options.direction == "ascent" else 1
         (gradient,) = torch.autograd.grad(task_loss, record.site, retain_graph=True)

@@ -20,10 +20,12 @@ from dip_hf.blocks import select_blocks
 from dip_hf.dipnet import DIPNetConfig
 from dip_hf.dres import DReSBranch
 from dip_hf.icp import ICPBranch
+from dip_hf.peft_compat import BaseTunerLayer
 from dip_hf.recipe.arguments import AdapterArguments, DataArguments
 from dip_hf.recipe.data import is_local, load_train_dataset
 from dip_hf.recipe.gsm8k import TRAIN_ROWS as GSM8K_TRAIN_ROWS
 from dip_hf.trainer import DIPSFTConfig, optimizer_groups
+from dip_hf.trainer.checks import check_posterior
 
 
 _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
@@ -56,6 +58,12 @@ def describe_run(
 
     peft_config = adapter.peft_config()
     tuned: nn.Module = model if peft_config is None else get_peft_model(model, peft_config)
+    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+        raise ValueError(
+            f"lora_target_modules={adapter.lora_target_modules} has the LM head, which TRL's trainer computes with "
+            "the base's weight alone: take it out"
+        )
+    check_posterior(tuned, training)
     yield from _describe_adapter(tuned, training, adapter)
     yield from _describe_second_passes(model, training)
 

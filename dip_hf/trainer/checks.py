@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import Any
 
 from datasets import Dataset
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import is_flash_attention_requested
 from trl import SFTTrainer
@@ -62,12 +64,23 @@ def check_dataset(name: str, dataset: object, assistant_only: bool) -> None:
 def check_nothing_dropped(trainer: SFTTrainer, train_dataset: object) -> None:
     """
     Raises:
-        ValueError: TRL dropped rows whose labels were all cut off by `max_length`.
+        ValueError: TRL cut every label off a row: it drops such rows, but for those that it has packed. (Packing
+            that splits rows loses nothing.)
     """
     prepared = trainer.train_dataset
-    if trainer.args.packing or not isinstance(train_dataset, Dataset) or not isinstance(prepared, Dataset):
+    if not isinstance(train_dataset, Dataset) or not isinstance(prepared, Dataset):
         return
-    dropped = len(train_dataset) - len(prepared)
+    if not trainer.args.packing:
+        dropped = len(train_dataset) - len(prepared)
+    elif trainer.args.packing_strategy == "bfd" and {"labels", "seq_lengths"} <= set(prepared.column_names):
+        rows = prepared.with_format(None)
+        dropped = sum(
+            all(label == -100 for label in labels[end - length + 1 : end])
+            for labels, lengths in zip(rows["labels"], rows["seq_lengths"], strict=True)
+            for length, end in zip(lengths, accumulate(lengths), strict=True)
+        )
+    else:
+        return
     if dropped > 0:
         raise ValueError(
             f"max_length={trainer.args.max_length} cuts every label off {dropped} of {len(train_dataset)} rows of "
@@ -122,13 +135,13 @@ def check_noise_setup(trainer: SFTTrainer, args: DIPSFTConfig) -> None:
         )
 
 
-def check_posterior(trainer: SFTTrainer, args: DIPSFTConfig) -> None:
+def check_posterior(model: nn.Module, args: DIPSFTConfig) -> None:
     """
     Raises:
         ValueError: an optimiser setting that contradicts `variational_optimizer`, weight decay, or DReS, whose coded
             samples would mix trajectories with weights of their own.
     """
-    if not trainable(trainer.model, COVARIANCE):
+    if not trainable(model, COVARIANCE):
         return
     if args.weight_decay != 0:
         raise ValueError(
@@ -183,30 +196,13 @@ def check_boundaries(model: PreTrainedModel, inputs: Mapping[str, Any], trajecto
 def check_second_pass(trainer: SFTTrainer) -> None:
     """
     Raises:
-        ValueError: reentrant checkpointing, which counts on one pass through each block (DReS and ICP make two), or
-            sharded parameters, which are whole only during the wrapper's own pass.
+        ValueError: sharded parameters, which are whole only during the wrapper's own pass, or no prompts to perturb.
     """
     zero_stage = trainer.args.deepspeed_plugin.zero_stage if trainer.is_deepspeed_enabled else 0
     if trainer.is_fsdp_enabled or zero_stage == 3:
         raise ValueError(
             "dres_weight and icp_weight do not work with FSDP or ZeRO-3, whose parameters are not whole in a second "
             "pass; use DDP or ZeRO-2, or set both weights to 0."
-        )
-    options = trainer.args.activation_checkpointing_kwargs or {}
-    if trainer.args.activation_checkpointing and options.get("use_reentrant"):
-        raise ValueError(
-            "activation_checkpointing_kwargs={'use_reentrant': True} does not work with dres_weight or icp_weight, "
-            "which pass through blocks twice; set use_reentrant to False."
-        )
-    if trainer.args.icp_weight > 0 and trainer.args.activation_offloading:
-        raise ValueError(
-            "activation_offloading=True does not work with icp_weight, which reads the saved activations twice; use "
-            "activation_checkpointing=True instead, or set icp_weight to 0."
-        )
-    if trainer.args.icp_steps > 1 and trainer.args.loss_type != "nll" and trainer.args.icp_weight > 0:
-        raise ValueError(
-            f"icp_steps={trainer.args.icp_steps} descends on loss_type='nll', but loss_type="
-            f"{trainer.args.loss_type!r}; set icp_steps to 1."
         )
     if trainer.args.icp_positions == "prompt" and isinstance(trainer.train_dataset, Dataset):
         rows = trainer.train_dataset.select(range(min(100, len(trainer.train_dataset))))

@@ -168,6 +168,27 @@ class DIPSFTConfig(SFTConfig):
                 "`DIPNetConfig(variational_scale=0)` for no covariance."
             )
 
+        self._check_second_pass()
+
+    def _check_second_pass(self) -> None:
+        """DReS and ICP pass through blocks twice, which some of Trainer's options do not bear."""
+        reentrant = (self.activation_checkpointing_kwargs or {}).get("use_reentrant")
+        if self.activation_checkpointing and reentrant and (self.dres_weight > 0 or self.icp_weight > 0):
+            raise ValueError(
+                "activation_checkpointing_kwargs={'use_reentrant': True} does not work with dres_weight or "
+                "icp_weight, which pass through blocks twice; set use_reentrant to False."
+            )
+        if self.icp_weight > 0 and self.activation_offloading:
+            raise ValueError(
+                "activation_offloading=True does not work with icp_weight, which reads the saved activations twice; "
+                "use activation_checkpointing=True instead, or set icp_weight to 0."
+            )
+        if self.icp_steps > 1 and self.loss_type != "nll" and self.icp_weight > 0:
+            raise ValueError(
+                f"icp_steps={self.icp_steps} descends on loss_type='nll', but loss_type={self.loss_type!r}; set "
+                "icp_steps to 1."
+            )
+
     def icp_options(self) -> ICPOptions:
         """The `icp_*` fields, checked."""
         names = [option.name for option in fields(ICPOptions)]

@@ -27,6 +27,7 @@ from dip_hf.trainer.checks import (
     check_second_pass,
 )
 from dip_hf.trainer.config import DIPSFTConfig
+from dip_hf.trainer.gradients import FiniteGradients
 from dip_hf.trainer.objective import DIPNetObjective, DIPNetPass, fold_labels, own_parameters
 from dip_hf.trainer.optimizer import compose_optimizer
 from dip_hf.trainer.publishing import PublishingTrainer
@@ -41,7 +42,8 @@ class DIPSFTTrainer(PublishingTrainer):
     `DIPSFTConfig(dres_weight=..., icp_weight=...)` adds DReS and ICP, with any adapter or none. With everything off it
     is `SFTTrainer` to the last bit.
 
-    Every term is logged raw and weighted; a term that is NaN or infinite stops the run before the optimiser step.
+    Every term is logged raw and weighted; a term or a gradient that is NaN or infinite stops the run
+    before the optimiser step.
 
     Args:
         model: as for `SFTTrainer`.
@@ -52,7 +54,7 @@ class DIPSFTTrainer(PublishingTrainer):
     Raises:
         ValueError: before training starts, on a dataset, adapter or set-up that cannot work; names the field, its
             value and the remedy.
-        FloatingPointError: in training, on a term that is not finite.
+        FloatingPointError: in training, on a term or a gradient that is not finite.
     """
 
     _tag_names = ["trl", "sft", "dip_hf"]  # noqa: RUF012  (an instance variable for SFTTrainer)
@@ -74,6 +76,7 @@ class DIPSFTTrainer(PublishingTrainer):
         given = {name: parameter.detach().clone() for name, parameter in known.items()}
         super().__init__(model, args=args, train_dataset=train_dataset, **kwargs)
         check_nothing_dropped(self, train_dataset)
+        self.add_callback(FiniteGradients)
         self._micro_step = (-1, -1)  # (global step, index of its micro-batch)
         self.dipnet: DIPNetObjective | None = None
         self.dres: DReSBranch | None = None
@@ -81,7 +84,7 @@ class DIPSFTTrainer(PublishingTrainer):
         block_names: list[str] | None = None
         if isinstance(self.model, PeftModel) and isinstance(self.model.base_model, DIPNetModel):
             check_noise_setup(self, args)
-            check_posterior(self, args)
+            check_posterior(self.model, args)
             self.dipnet = DIPNetObjective(self.model, args)
             block_names = self.dipnet.tuner.block_names()
             self.dipnet.restore_precision(given)

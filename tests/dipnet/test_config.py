@@ -128,6 +128,13 @@ def test_an_adapter_of_a_newer_format(saved: Path) -> None:
         PeftModel.from_pretrained(build(), saved)
 
 
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_an_adapter_without_its_weights(saved: Path, is_trainable: bool) -> None:
+    (saved / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"No adapter_model.safetensors in .*weights are missing; save or copy"):
+        PeftModel.from_pretrained(build(), saved, is_trainable=is_trainable)
+
+
 def test_a_damaged_or_pickled_adapter_is_not_loaded(saved: Path) -> None:
     weights = saved / "adapter_model.safetensors"
     content = weights.read_bytes()

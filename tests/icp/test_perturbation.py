@@ -126,6 +126,16 @@ def test_prompt_only(start_block: int) -> None:
 
 
 @pytest.mark.parametrize("start_block", [0, 2])
+def test_the_callers_mask_stays_as_it_is(start_block: int) -> None:
+    """A boolean one too, which needs no conversion and would be written to."""
+    inputs = padded_batch()
+    inputs["attention_mask"] = inputs["attention_mask"].bool()
+    before = inputs["attention_mask"].clone()
+    icp(tiny_llama(), inputs, start_block=start_block)
+    assert torch.equal(inputs["attention_mask"], before)
+
+
+@pytest.mark.parametrize("start_block", [0, 2])
 def test_padding_free(start_block: int) -> None:
     """One row of documents gives what the documents give by themselves."""
     whole = padding_free_batch()

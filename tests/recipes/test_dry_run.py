@@ -100,10 +100,27 @@ def test_a_model_of_unknown_shape_is_named(no_network: None) -> None:
         describe("--model_name_or_path", "some/model", "--dataset_name", "some/data")
 
 
-def test_noise_blocks_outside_the_model_are_named(no_network: None) -> None:
-    config = str(ROOT / "recipes" / "configs" / "gsm8k_qwen2.5_7b.yaml")
-    with pytest.raises(ValueError, match="noise_blocks=29"):
-        describe("--config", config, "--noise_blocks", "29")
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--noise_blocks", "29"], "noise_blocks=29"),
+        (["--noise_blocks", "decoder.*"], r"noise_blocks='decoder\.\*' matches no block"),
+        (["--lora_target_modules", "q_proj", "lm_head"], "lora_target_modules=.* has the LM head"),
+        (["--variational_rank", "4", "--weight_decay", "0.1"], "weight_decay=0.1 with variational_rank > 0"),
+        (
+            ["--dres_weight", "1", "--activation_checkpointing_kwargs", '{"use_reentrant": true}'],
+            "use_reentrant': True} does not work with dres_weight",
+        ),
+    ],
+    ids=["depth", "pattern", "head", "posterior", "reentrant"],
+)
+def test_what_a_real_run_refuses_is_refused(argv: list[str], message: str, no_network: None) -> None:
+    """And by the script in one line."""
+    config = ["--config", str(ROOT / "recipes" / "configs" / "gsm8k_qwen2.5_7b.yaml")]
+    with pytest.raises(ValueError, match=message):
+        describe(*config, *argv)
+    with pytest.raises(SystemExit, match=rf"^recipes/sft\.py: .*{message}"):
+        load_sft().main([*config, *argv, "--dry_run"])
 
 
 @pytest.mark.parametrize("adapter", ["dipnet", "lora", "none"])

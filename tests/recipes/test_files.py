@@ -11,7 +11,7 @@ from tests.recipes.support import ROOT
 
 
 ACCELERATE = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
-TARGETS = ["quickstart", "test", "conformance", "quality", "style", "benchmark", "pretrain"]
+TARGETS = ["quickstart", "test", "conformance", "quality", "style", "benchmark", "study", "pretrain"]
 
 
 def test_every_way_to_launch_has_its_config() -> None:

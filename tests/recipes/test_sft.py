@@ -8,7 +8,6 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
 
-from dip_hf.recipe.arguments import make_parser
 from tests.recipes.support import load_sft, save_small_model
 
 
@@ -39,7 +38,7 @@ report_to: none
 """
     )
     run = ["--config", str(config), "--adapter", adapter]
-    load_sft().main(*make_parser().parse_recipe(run))
+    load_sft().main(run)
     saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert saved["peft_type"] == {"dipnet": "DIPNET", "lora": "LORA"}[adapter]
     assert [path.name for path in (tmp_path / "out").glob("*.safetensors")] == ["adapter_model.safetensors"]
@@ -47,6 +46,6 @@ report_to: none
     changed = [p for name, p in model.named_parameters() if "lora_B" in name]
     assert changed and all(torch.any(p != 0) for p in changed)
 
-    load_sft().main(*make_parser().parse_recipe([*run, "--max_steps", "3", "--resume_from_checkpoint", "true"]))
+    load_sft().main([*run, "--max_steps", "3", "--resume_from_checkpoint", "true"])
     state = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3]

@@ -154,10 +154,27 @@ def test_an_arm_becomes_a_checkpoint() -> None:
     assert [arm.one_pass for arm in (dropout, Arm("e", ensemble=2), Arm("plain"))] == [False, False, True]
 
 
-def test_every_arm_reads_the_same_data_in_the_same_order_from_the_same_start(study: Study, tmp_path: Path) -> None:
-    def record(arm: str, seed: int) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
-        config = study.training(study.arm(arm), 8, seed, 0) | {"num_train_epochs": 2, "learning_rate": 1e-30}
-        data, training, adapter = parse_training(config, str(tmp_path / f"{arm}-{seed}"))
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"adapter": "dipnet"},
+        {"lora_dropout": 0.3},
+        {"neftune_noise_alpha": 5.0},
+        {"sam_rho": 0.1},
+        {"lora_dropout": 0.1, "rdrop_weight": 1.0},
+        {"dres_weight": 1.0, "icp_weight": 0.5},
+        {"adapter": "dipnet", "num_trajectories": 2, "dres_weight": 1.0, "icp_weight": 0.5},
+        {"adapter": "dipnet", "noise_blocks": [], "variational_rank": 2},
+    ],
+    ids=lambda fields: "-".join(fields),
+)
+def test_every_arm_reads_the_same_data_in_the_same_order_from_the_same_start(
+    fields: dict[str, Any], study: Study, tmp_path: Path
+) -> None:
+    def record(fields: dict[str, Any], seed: int) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
+        config = study.training(study.arm("lora"), 8, seed, 0) | {"num_train_epochs": 2, "learning_rate": 1e-30}
+        folder = tmp_path / "-".join(map(str, (*fields, seed)))
+        data, training, adapter = parse_training(config | fields, str(folder))
         batches: list[list[int]] = []
 
         class Recording(trainer_class(training)):  # type: ignore[misc]
@@ -165,15 +182,15 @@ def test_every_arm_reads_the_same_data_in_the_same_order_from_the_same_start(stu
                 batches.append(inputs["input_ids"].flatten().tolist())
                 return super().training_step(model, inputs, num_items_in_batch)
 
-        torch.rand(len(arm))  # whatever was drawn before
+        torch.rand(1 + len(fields))  # whatever was drawn before
         trainer = make_trainer(data, training, adapter, Recording)
         trainer.train()
-        trainer.model.save_pretrained(tmp_path / f"{arm}-{seed}")
-        weights = load_file(tmp_path / f"{arm}-{seed}" / "adapter_model.safetensors")
+        trainer.model.save_pretrained(folder)
+        weights = load_file(folder / "adapter_model.safetensors")
         return batches, {name: value for name, value in weights.items() if "lora_A" in name}
 
-    (lora, start), (dipnet, same_start), (other, _) = record("lora", 0), record("dipnet", 0), record("lora", 1)
-    assert len(lora) == 4 and lora == dipnet and lora != other
+    (lora, start), (arm, same_start), (other, _) = record({}, 0), record(fields, 0), record({}, 1)
+    assert len(lora) == 4 and lora == arm and lora != other
     assert lora[:2] != lora[2:]  # each epoch has an order of its own
     assert start.keys() == same_start.keys() and all(torch.equal(start[name], same_start[name]) for name in start)
 

@@ -77,21 +77,32 @@ def test_a_bad_file_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], 
         ),
         (
             {"arms": {"lora": {}, "b": {"trials": [{"nois_scale": 0.3}]}}},
-            "arms.b, trial 0: .*'nois_scale' is no field; did you mean 'noise_scale'",
+            "arms.b, size 8, trial 0: .*'nois_scale' is no field; did you mean 'noise_scale'",
         ),
-        ({"arms": {"lora": {}, "b": {"sam_rho": -1.0}}}, "arms.b, trial 0: sam_rho=-1.0 must not be negative"),
+        ({"arms": {"lora": {}, "b": {"sam_rho": -1.0}}}, "arms.b, size 8, trial 0: sam_rho=-1.0 must not be negative"),
         (
             {"arms": {"lora": {}, "b": {"sam_rho": 0.1, "rdrop_weight": 1.0}}},
-            "arms.b, trial 0: .*set one of",
+            "arms.b, size 8, trial 0: .*set one of",
         ),
-        ({"arms": {"lora": {}, "b": {"num_samples": 5}}}, "arms.b, trial 0: num_samples=5 needs noise or a posterior"),
+        (
+            {"arms": {"lora": {}, "b": {"num_samples": 5}}},
+            "arms.b, size 8, trial 0: num_samples=5 needs noise or a posterior",
+        ),
         (
             {"arms": {"lora": {}, "b": {"num_samples": 5, "dropout_at_test": True, "lora_dropout": 0.0}}},
-            "arms.b, trial 0: dropout_at_test needs LoRA .* with dropout, got adapter='lora' and lora_dropout=0.0",
+            "trial 0: dropout_at_test needs LoRA .* with dropout, got adapter='lora' and lora_dropout=0.0",
         ),
         (
             {"arms": {"lora": {}, "b": {"ensemble": 2, "adapter": "monteclora"}}},
-            "arms.b, trial 0: ensemble=2 is made of LoRA adapters .*, got adapter='monteclora'",
+            "arms.b, size 8, trial 0: ensemble=2 is made of LoRA adapters .*, got adapter='monteclora'",
+        ),
+        (
+            {"sizes": {8: {"num_train_epochs": 1}, 16: {"num_train_epoch": 6}}},
+            "arms.lora, size 16, trial 0: .*'num_train_epoch' is no field; did you mean 'num_train_epochs'",
+        ),
+        (
+            {"sizes": {8: {}}, "arms": {"lora": {}, "b": {"epochs_factor": 2}}},
+            "arms.b, size 8, trial 0: epochs_factor=2 scales num_train_epochs, which is not set",
         ),
     ],
 )

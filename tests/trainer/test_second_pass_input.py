@@ -15,6 +15,9 @@ from tests.trainer.methods import DRES, ICP, SEQUENCE
 from tests.trainer.tiny import ADAPTER, base_model, make_trainer
 
 
+REENTRANT = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -41,6 +44,10 @@ from tests.trainer.tiny import ADAPTER, base_model, make_trainer
         ({"icp_weighting": "mean"}, "icp_weighting='mean' must be one of additive, paper"),
         ({"icp_warmup": 1.5}, r"icp_warmup=1.5 must lie in \[0, 1\]: it is a share of the run"),
         ({"icp_warmup": -0.1}, r"icp_warmup=-0.1 must lie in \[0, 1\]"),
+        ({**DRES, **REENTRANT}, "use_reentrant': True} does not work with dres_weight or icp_weight.*to False"),
+        ({**ICP, **REENTRANT}, "use_reentrant': True} does not work with dres_weight or icp_weight.*to False"),
+        ({**ICP, "activation_offloading": True}, "activation_offloading=True does not work with icp_weight"),
+        ({**ICP, "icp_steps": 2, "loss_type": "dft"}, "icp_steps=2 descends on loss_type='nll', but .*'dft'; set"),
     ],
     ids=lambda x: "-".join(f"{name}={value}" for name, value in x.items()) if isinstance(x, dict) else "",
 )
@@ -56,9 +63,6 @@ def test_blocks_that_are_not_found(options: dict[str, Any], name: str, tmp_path:
     model.config.num_hidden_layers = 5  # a list of as many blocks is not there
     with pytest.raises(ValueError, match=rf"block_names=None: found 0 lists of 5 .*\]\)`, or set {name}_weight to 0"):
         make_trainer(tmp_path, LoraConfig(**ADAPTER), options, model)
-
-
-REENTRANT = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
 
 
 @pytest.mark.parametrize(
@@ -78,8 +82,6 @@ REENTRANT = {"activation_checkpointing": True, "activation_checkpointing_kwargs"
         ({**DRES, "dres_blocks": "1,3"}, r"dres_blocks=\[1, 3\]: the model has 3 blocks"),
         ({**DRES, "dres_blocks": "decoder.*"}, "dres_blocks='decoder.*' matches no block"),
         ({**ICP, "icp_start_block": 3}, "icp_start_block=3: the model has 3 blocks; give a number from 0 to 2"),
-        ({**DRES, **REENTRANT}, "use_reentrant': True} does not work with dres_weight or icp_weight.*to False"),
-        ({**ICP, **REENTRANT}, "use_reentrant': True} does not work with dres_weight or icp_weight.*to False"),
     ],
 )
 def test_set_up(options: dict[str, Any], message: str, tmp_path: Path) -> None:

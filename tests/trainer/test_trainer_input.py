@@ -85,6 +85,16 @@ def test_labels_cut_off(is_text: bool, tmp_path: Path) -> None:
         make_trainer(tmp_path, None, {"max_length": 6}, data=Dataset.from_list(rows))
 
 
+def test_labels_cut_off_before_packing(tmp_path: Path) -> None:
+    """TRL packs a row that it has cut all labels off, whether or not others share its pack."""
+    rows = [GOOD, {"input_ids": [3] * 9, "labels": [-100] * 8 + [3]}, {"input_ids": [3, 4], "labels": [-100, 4]}]
+    options = {"packing": True, "max_length": 6}
+    with pytest.raises(ValueError, match=r"max_length=6 cuts every label off 1 of 3 rows of train_dataset; raise"):
+        make_trainer(tmp_path, None, options, data=Dataset.from_list(rows))
+    make_trainer(tmp_path, None, {**options, "max_length": 9}, data=Dataset.from_list(rows))
+    make_trainer(tmp_path, None, {**options, "packing_strategy": "bfd_split"}, data=Dataset.from_list(rows))
+
+
 def test_adapter_on_head(tmp_path: Path) -> None:
     """TRL's own error: its fused head would never train the adapter."""
     with pytest.raises(ValueError, match=r"`lm_head` is not supported.*Remove `'lm_head'` from your `target_modules`"):

@@ -101,6 +101,21 @@ def test_not_finite(adapter: PeftConfig, parameter: str, value: float, term: str
     assert resumed.state.global_step == 4 and torch.isfinite(torch.tensor(losses(resumed))).all()
 
 
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite(value: float, max_grad_norm: float, tmp_path: Path) -> None:
+    """The run stops before the step that would spoil the parameters; the only checkpoint kept is a good one."""
+    options = {"max_steps": 4, "save_steps": 1, "save_strategy": "steps", "save_total_limit": 1}
+    options["max_grad_norm"] = max_grad_norm
+    trainer = make_trainer(tmp_path, DIPNetConfig(**ADAPTER), options)
+    parameter = next(parameter for parameter in trainer.model.parameters() if parameter.requires_grad)
+    parameter.register_hook(lambda grad: torch.full_like(grad, value) if trainer.state.global_step == 2 else grad)
+    with pytest.raises(FloatingPointError, match=r"Step 2: the norm of the gradient is (nan|inf).*intact"):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert PeftModel.from_pretrained(base_model(), str(tmp_path / "checkpoint-2"))
+
+
 def test_directions_of_icp(tmp_path: Path) -> None:
     """On the same data and weights, only the random direction differs from step to step; it is the run's own."""
     logged: dict[str, list[float]] = {}

@@ -1,0 +1,42 @@
+"""The last check before an optimiser step: a loss may be finite whose gradient is not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class FiniteGradients(TrainerCallback):
+    """Stops a run before a step that would make its parameters NaN, and its next checkpoint worthless.
+
+    Not in fp16, whose gradient scaler meets infinities and leaves such steps out itself; nor under DeepSpeed, which
+    keeps the gradients to itself.
+
+    Raises:
+        FloatingPointError: the norm of the trained parameters' gradient is NaN or infinite; names the step.
+    """
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        assert model is not None  # given by Trainer
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        if args.fp16 or not gradients:
+            return
+        norm = nn.utils.get_total_norm(gradients)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if not torch.isfinite(norm):
+            raise FloatingPointError(
+                f"Step {state.global_step}: the norm of the gradient is {norm.item()}, though every term of the loss "
+                "is finite. Training stopped before the optimiser step; the last checkpoint is intact. Lower the "
+                "learning rate and resume from it."
+            )
