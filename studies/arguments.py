@@ -25,7 +25,13 @@ def parse_training(config: dict[str, Any], output_dir: str) -> tuple[DataArgumen
     # A parser keeps what it was given as defaults, so each run has its own
     parser = RecipeParser((DataArguments, StudyConfig, AdapterArguments))
     parser.set_defaults_with_config(
-        **config, output_dir=output_dir, save_strategy="no", eval_strategy="no", report_to="none", disable_tqdm=True
+        **config,
+        output_dir=output_dir,
+        save_strategy="epoch",
+        save_total_limit=1,
+        eval_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
     )
     data, training, adapter = parser.parse_args_into_dataclasses(args=[])
     return data, training, adapter

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback
 
 from dip_hf.adapter_files import CONFIG_NAME
 from dip_hf.diagnostics import make_batches, suite_rows
@@ -28,8 +28,36 @@ from studies.arguments import parse_training
 from studies.measure import measure, probe
 from studies.plan import Job
 from studies.spec import Arm, Study
-from studies.store import Store, write_text
+from studies.store import Store, locked, write_text
 from studies.trainers import trainer_class
+
+
+SECONDS_NAME = "seconds.json"
+
+
+class Clock(TrainerCallback):
+    """Adds up a training run's seconds over its interruptions, up to the checkpoint that it went on from.
+
+    Args:
+        path: where the seconds before the last checkpoint stand.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else 0.0
+        self._start = time.perf_counter()
+
+    def seconds(self) -> float:
+        """Since the run began, without what was lost to an interruption."""
+        return float(self._before + time.perf_counter() - self._start)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The loading of model and data does not count."""
+        self._start = time.perf_counter()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note the time at which a checkpoint was made."""
+        write_text(self._path, json.dumps(self.seconds()))
 
 
 def run_job(study: Study, store: Store, job: Job) -> dict[str, Any]:
@@ -68,20 +96,23 @@ def run_job(study: Study, store: Store, job: Job) -> dict[str, Any]:
 
 
 def train(study: Study, store: Store, job: Job, member: int = 0) -> dict[str, Any]:
-    """Make one of a job's training runs, or find it finished; return what its training.json says."""
+    """Make one of a job's training runs, or what is left of it, or find it finished; return its training.json."""
     assert job.size is not None and job.seed is not None and job.trial is not None
     folder = store.training_folder(job.trained[member])
+    # Renamed when it is whole: what a killed run leaves is never taken for a run, but gone on with. A worker whose
+    # parent was killed finishes its job, and may have it still.
+    part = folder.with_name(f"{folder.name}.part")
     if not store.has_training(job.trained[member]):
-        # A folder of this process, renamed when it is whole: what a killed run leaves is never taken for a run
-        part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-        shutil.rmtree(part, ignore_errors=True)
-        config = study.training(study.arm(job.arm), job.size, job.seed, job.trial, member)
-        report = {"config": config, **_train(config, part)}
-        write_text(part / "training.json", json.dumps(report, indent=2))
-        try:
-            part.rename(folder)
-        except OSError:  # another process was faster
-            shutil.rmtree(part)
+        with locked(part / "lock", wait=True):
+            if not store.has_training(job.trained[member]):
+                config = study.training(study.arm(job.arm), job.size, job.seed, job.trial, member)
+                report = {"config": config, **_train(config, part)}
+                for path in part.glob("checkpoint-*"):
+                    shutil.rmtree(path)
+                (part / SECONDS_NAME).unlink(missing_ok=True)
+                write_text(part / "training.json", json.dumps(report, indent=2))
+                part.rename(folder)
+                (folder / "lock").unlink()
     trained: dict[str, Any] = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     return trained
 
@@ -89,8 +120,11 @@ def train(study: Study, store: Store, job: Job, member: int = 0) -> dict[str, An
 def _train(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     data, training, adapter = parse_training(config, str(folder))
     trainer = make_trainer(data, training, adapter, trainer_class(training))
+    clock = Clock(folder / SECONDS_NAME)
+    trainer.add_callback(clock)
+    whole = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime_ns)
     try:
-        result = trainer.train()
+        result = trainer.train(resume_from_checkpoint=str(whole[-1].parent) if whole else None)
     except FloatingPointError as error:
         return {"diverged": str(error)}
     if not math.isfinite(result.training_loss):
@@ -98,7 +132,7 @@ def _train(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     # The adapter alone: Trainer's own saving adds its pickled arguments
     trainer.model.save_pretrained(folder)
     report = {
-        "seconds": round(result.metrics["train_runtime"], 2),
+        "seconds": round(clock.seconds(), 2),
         "steps": result.global_step,
         "loss": result.training_loss,
         "threads": torch.get_num_threads(),

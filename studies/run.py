@@ -4,7 +4,7 @@
     python -m studies.run studies/two_cores.yaml --arms lora ibvi
 
 Finished parts are kept under the study's `output_dir`, so that the same command goes on after a stop, a kill or a
-change of the study; give it once at a time. `python -m studies.report` makes the tables from what there is.
+change of the study. `python -m studies.report` makes the tables from what there is.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from studies.jobs import run_job
 from studies.load import close_to, load_study
 from studies.plan import Work, cells, finished_cells, next_job, remaining, work_of
 from studies.spec import Study
-from studies.store import Store, write_text
+from studies.store import Store, locked, write_text
 from studies.workers import Do, Outcome, Workers
 
 
@@ -166,7 +166,11 @@ def main(argv: list[str] | None = None) -> int:
         check_fields(study)
     except ValueError as error:
         sys.exit(f"studies.run: {error}")
-    return 1 if run(study, run_job, arguments.workers, arguments.hours, arguments.arms) else 0
+    try:
+        with locked(Path(study.output_dir, "lock"), wait=False):
+            return 1 if run(study, run_job, arguments.workers, arguments.hours, arguments.arms) else 0
+    except BlockingIOError:
+        sys.exit(f"studies.run: output_dir={study.output_dir!r}: another study is running there; wait for it")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What a study leaves on disk: one folder per training run, one file per finished trial and cell, written whole.
 
-    OUTPUT_DIR/trainings/KEY/     the adapter, and training.json
+    OUTPUT_DIR/trainings/KEY/     the adapter, and training.json; KEY.part, with a checkpoint, until it is finished
     OUTPUT_DIR/trials/KEY.json    a training run's scores on the validation split
     OUTPUT_DIR/cells/KEY.json     a cell's scores on the study's split
     OUTPUT_DIR/failures/KEY.txt   why a job failed
@@ -13,10 +13,12 @@ leaves out.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -78,6 +80,23 @@ def write_text(path: Path, text: str) -> None:
     part.replace(path)
 
 
+@contextmanager
+def locked(path: Path, wait: bool) -> Iterator[None]:
+    """Hold a lock file while the context is open; a killed process's lock goes with it.
+
+    Args:
+        path: the file, made where it is missing.
+        wait: until another process lets go.
+
+    Raises:
+        BlockingIOError: another process has it, and `wait` is false.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+
+
 class Store:
     """The finished parts of a study.
 
@@ -97,11 +116,9 @@ class Store:
         return (self.training_folder(key) / "training.json").is_file()
 
     def clear_parts(self) -> None:
-        """Remove what killed processes left half-written."""
+        """Remove the files that killed processes left half-written; begun training runs stay, to be gone on with."""
         for path in self.folder.glob("*/*.part"):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
+            if path.is_file():
                 path.unlink()
 
     def has(self, kind: str, key: str) -> bool:

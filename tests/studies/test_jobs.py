@@ -14,7 +14,7 @@ from dip_hf.evaluation.checkpoints import Checkpoint
 from dip_hf.ibvi import posterior_predictive
 from recipes.sft import make_trainer
 from studies.arguments import parse_training
-from studies.jobs import load_model, run_job, validate
+from studies.jobs import Clock, load_model, run_job, train, validate
 from studies.measure import pack, prediction, unpack
 from studies.plan import finished_cells, open_jobs, trial_jobs
 from studies.report import write_report
@@ -69,6 +69,41 @@ def test_a_study_from_its_trials_to_its_report(study: Study, tmp_path: Path) -> 
     assert len(read_results(study, path).lines) == 3
     write_report([study], tmp_path / "docs")
     assert "3 of 3 cells are finished" in (tmp_path / "docs" / "results.md").read_text()
+
+
+@pytest.mark.parametrize("fields", [{"lora_dropout": 0.3}, {"adapter": "dipnet", "dres_weight": 1.0}], ids="-".join)
+def test_a_killed_training_run_is_gone_on_with(
+    fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends where an uninterrupted one ends, and counts the seconds of both parts."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    model, sizes = str(save_small_model(tmp_path / "model")), {8: {"num_train_epochs": 3}}
+    study = small_study(tmp_path, model=model, sizes=sizes, arms={"lora": fields, "other": {}}, seeds=[0])
+    weights, seconds = [], []
+    for name, is_killed in (("whole", False), ("killed", True)):
+        store = Store(tmp_path / name)
+        job = next(open_jobs(study, store))
+        if is_killed:
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(Clock, "on_save", _note_100_seconds_and_stop)
+                train(study, store, job)
+            assert not store.has_training(job.trained[0])
+            store.clear_parts()
+        report = train(study, store, job)
+        folder = store.training_folder(job.trained[0])
+        assert sorted(path.name for path in folder.iterdir() if "check" in path.name or "sec" in path.name) == []
+        assert report["steps"] == 6 and [path.name for path in folder.parent.iterdir()] == [folder.name]
+        weights.append(load_file(folder / "adapter_model.safetensors"))
+        seconds.append(report["seconds"])
+    whole, killed = weights
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+    assert seconds[0] < 100 < seconds[1]
+
+
+def _note_100_seconds_and_stop(clock: Clock, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    clock._path.write_text("100.0")
+    if state.epoch >= 2:
+        raise KeyboardInterrupt
 
 
 def test_every_way_to_predict_is_measured(

@@ -7,6 +7,7 @@ import pytest
 
 from studies.plan import Work
 from studies.run import Progress, main, run
+from studies.store import locked
 from tests.studies.support import small_study, write_study
 from tests.studies.workload import do
 
@@ -53,6 +54,12 @@ def test_a_study_survives_a_killed_worker_and_a_failed_job(tmp_path: Path, capfd
     assert not list((out / "failures").iterdir())
     assert run(study, do, 1) == 0 and _calls(out) == []  # nothing is left
     assert len((out / "study.jsonl").read_text().splitlines()) == 5
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    path = write_study(tmp_path)
+    with locked(tmp_path / "out" / "lock", wait=False), pytest.raises(SystemExit, match="another study is running"):
+        main([str(path)])
 
 
 def test_a_study_is_done_in_parts(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
