@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dip_hf.evaluation.calibration import BINS
+from dip_hf.evaluation.statistics import basic_interval
 
 
 Array = NDArray[np.float64]
@@ -28,10 +29,11 @@ class Difference:
 
     Attributes:
         value: the difference, in the scores' unit.
-        low: lower end of the 95% percentile interval.
+        low: lower end of the 95% basic bootstrap interval, see `dip_hf.evaluation.statistics.basic_interval`.
         high: upper end of it.
-        p: two-sided bootstrap p-value: twice the smaller share of resampled differences on either side of zero, zero
-            itself and the difference at hand counted on both sides; so at least 2/(resamples + 1).
+        p: two-sided bootstrap p-value: twice the smaller share of the resampled differences, reflected about the
+            observed one, on either side of zero, zero itself and the difference at hand counted on both sides; so at
+            least 2/(resamples + 1).
         seeds: number of seeds.
         higher: number of seeds in which the arm's mean is above the reference's.
         lower: number of seeds in which it is below.
@@ -104,14 +106,16 @@ class Resampler:
         """Compare two results of `means` or of `calibration_errors`."""
         per_seed = arm[0] - reference[0]
         resampled = ((arm[1] - reference[1]) * self.seed_weights).sum(axis=1)
-        low, high = np.percentile(resampled, [2.5, 97.5])
+        value = float(per_seed.mean())
+        low, high = basic_interval(value, resampled)
+        reflected = 2 * value - resampled
         # A sum in another order must not turn a difference of zero into one of 1e-17
-        near = 1e-9 * max(1.0, float(np.abs(resampled).max()))
-        side = 1 + min(int((resampled <= near).sum()), int((resampled >= -near).sum()))
+        near = 1e-9 * max(1.0, float(np.abs(reflected).max()))
+        side = 1 + min(int((reflected <= near).sum()), int((reflected >= -near).sum()))
         return Difference(
-            value=float(per_seed.mean()),
-            low=float(low),
-            high=float(high),
+            value=value,
+            low=low,
+            high=high,
             p=min(1.0, 2 * side / (len(resampled) + 1)),
             seeds=len(per_seed),
             higher=int((per_seed > 1e-9).sum()),

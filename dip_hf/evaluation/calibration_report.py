@@ -21,6 +21,7 @@ from dip_hf.evaluation.calibration import (
     resampled_calibration_error,
 )
 from dip_hf.evaluation.results import CheckpointScores
+from dip_hf.evaluation.statistics import basic_interval
 from dip_hf.evaluation.tables import Table
 
 
@@ -194,8 +195,7 @@ def _changes(value: float, samples: _Array, earlier: dict[str, tuple[float, _Arr
         differences = differences[~np.isnan(differences)]
         if math.isnan(value - other) or not differences.size:
             continue
-        low, high = np.percentile(differences, [2.5, 97.5])
-        changes[name] = Change(value - other, float(low), float(high))
+        changes[name] = Change(value - other, *basic_interval(value - other, differences))
     return changes
 
 
@@ -223,8 +223,8 @@ def calibration_footnote(blocks: Sequence[CalibrationBlock]) -> str:
         "per answer. Confidence is the probability of the model's own answer, its end included (of a choice: among "
         f"the choices). ECE: {BINS} equal-width bins. Brier: mean (confidence - right)². AUROC of confidence: right "
         f"against wrong answers, and {home[0]} against the set; 0.5 where confidence does not tell them apart. "
-        f"Intervals: 95%, bootstrap over the same items ({CALIBRATION_RESAMPLES} resamples); they do not cover the "
-        "choice of a training seed."
+        f"Intervals: 95%, basic bootstrap over the same items ({CALIBRATION_RESAMPLES} resamples); they do not cover "
+        "the choice of a training seed."
     )
 
 

@@ -73,6 +73,25 @@ def test_the_calibration_error_is_the_evaluations_for_one_seed_and_task() -> Non
     assert resampled[0] == pytest.approx(by_hand)
 
 
+def test_the_interval_of_a_calibration_error_is_corrected_for_its_bias() -> None:
+    """The reference is too sure by .2 everywhere and the arm not at all, so that the true difference is -.2.
+
+    Chance raises the arm's error and shrinks the observed difference; resampling does so again, and an interval that
+    is not reflected misses the truth.
+    """
+    rng, covered, by_percentiles = np.random.default_rng(6), 0, 0
+    for _ in range(60):
+        resampler = Resampler(1, [400], rng, 300)
+        confidences = rng.uniform(0.3, 0.95, (1, 400))
+        right = [(rng.random((1, 400)) < confidences - shift).astype(float) for shift in (0.0, 0.2)]
+        arm, reference = (resampler.calibration_errors([confidences], [scores]) for scores in right)
+        difference = resampler.difference(arm, reference)
+        covered += difference.low <= -0.2 <= difference.high
+        low, high = np.percentile(arm[1] - reference[1], [2.5, 97.5])
+        by_percentiles += low <= -0.2 <= high
+    assert covered > 0.75 * 60 and by_percentiles < 0.25 * 60
+
+
 def test_scores_of_another_shape_and_nothing_to_resample_are_refused() -> None:
     with pytest.raises(ValueError, match=r"must have the shapes \[\(2, 3\)\]"):
         _resampler(2, [3]).means([np.zeros((3, 2))])
