@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from itertools import accumulate
 from typing import Any
@@ -132,6 +133,22 @@ def check_noise_setup(trainer: SFTTrainer, args: DIPSFTConfig) -> None:
         raise ValueError(
             f"stability_weight={args.stability_weight} needs the LM head whole, which DeepSpeed may partition; use "
             "DDP or FSDP2, or set stability_weight to 0."
+        )
+
+
+def warn_of_no_effect(args: DIPSFTConfig) -> None:
+    """Warn of what was asked of DIPNet's objective where there is no DIPNet adapter: LoRA as a baseline is no mistake,
+    to have forgotten `DIPNetConfig` is one."""
+    asked = [
+        f"{name}={getattr(args, name)}"
+        for name, off in (("num_trajectories", 1), ("stability_weight", 0))
+        if getattr(args, name) != off
+    ]
+    if asked:
+        warnings.warn(
+            f"{' and '.join(asked)} without effect: the model has no DIPNet adapter; pass "
+            "peft_config=DIPNetConfig(...) for DIPNet's objective.",
+            stacklevel=3,
         )
 
 

@@ -25,6 +25,7 @@ from dip_hf.trainer.checks import (
     check_one_loss_pass,
     check_posterior,
     check_second_pass,
+    warn_of_no_effect,
 )
 from dip_hf.trainer.config import DIPSFTConfig
 from dip_hf.trainer.gradients import FiniteGradients
@@ -88,6 +89,8 @@ class DIPSFTTrainer(PublishingTrainer):
             self.dipnet = DIPNetObjective(self.model, args)
             block_names = self.dipnet.tuner.block_names()
             self.dipnet.restore_precision(given)
+        else:
+            warn_of_no_effect(args)
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         if args.dres_weight > 0:
             self.dres = DReSBranch(base, **args.dres_options(), block_names=block_names)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from dip_hf import DIPNetConfig, DIPSFTConfig
@@ -73,6 +74,14 @@ def test_conversation_without_the_assistant(tmp_path: Path) -> None:
     message = "train_dataset row 1: assistant_only_loss=True .* has none; drop it, or set assistant_only_loss to False"
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, None, {"assistant_only_loss": True}, data=Dataset.from_list(rows))
+
+
+def test_dipnets_objective_without_its_adapter(tmp_path: Path) -> None:
+    options = {"num_trajectories": 2, "stability_weight": 0.1}
+    with pytest.warns(
+        UserWarning, match=r"num_trajectories=2 and stability_weight=0.1 without effect: .*DIPNetConfig"
+    ):
+        make_trainer(tmp_path, LoraConfig(**ADAPTER), options)
 
 
 @pytest.mark.parametrize("is_text", [True, False])
