@@ -21,6 +21,7 @@ from peft.utils.other import get_pattern_key
 
 __all__ = [
     "DUMMY_TARGET_MODULES",
+    "MONTECLORA_SAMPLER",
     "BaseTunerLayer",
     "DIPPeftType",
     "LoraLayer",
@@ -35,6 +36,10 @@ __all__ = [
 
 # Parts that FSDP, activation checkpointing and torch.compile put into the names of what they wrap.
 _WRAPPERS = re.compile(r"(?<![^.])(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)(?:\.|$)")
+
+
+MONTECLORA_SAMPLER = "lora_monteclora_sampler"
+"""Used in training alone: PEFT saves it, and makes none in a layer that it loads with `low_cpu_mem_usage`."""
 
 
 class DIPPeftType(str, Enum):  # noqa: UP042  (PEFT parses str(member), which StrEnum changes)

@@ -5,19 +5,22 @@ from __future__ import annotations
 import importlib.util
 import inspect
 from importlib.metadata import requires, version
+from pathlib import Path
 from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
-from peft import LoraConfig, PeftConfig, mapping
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, mapping
 from peft.tuners import lora
 from peft.tuners.lora.config import MontecloraConfig
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import nn
 
 from dip_hf import DIPNetConfig, DIPNetModel
 from dip_hf.peft_compat import (
     DUMMY_TARGET_MODULES,
+    MONTECLORA_SAMPLER,
     DIPPeftType,
     LoraVariant,
     clean_name,
@@ -123,3 +126,15 @@ def test_every_linear_lora_layer_hands_its_forward_pass_to_a_variant() -> None:
         assert "self.lora_variant[active_adapter].forward(" in inspect.getsource(kind.forward)
         for method in (kind.merge, kind.unmerge):
             assert "self.lora_variant[active_adapter]." in inspect.getsource(method)
+
+
+def test_peft_makes_no_monteclora_sampler_to_save_memory(tmp_path: Path) -> None:
+    """When it does, `MONTECLORA_SAMPLER` can go, and its weights be checked like all others."""
+    config = LoraConfig(target_modules=["0"], monteclora_config=MontecloraConfig())
+    get_peft_model(nn.Sequential(nn.Linear(8, 8)), config).save_pretrained(tmp_path)
+    found = []
+    for low_cpu_mem_usage in (False, True):
+        base = nn.Sequential(nn.Linear(8, 8))
+        model = PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+        found.append(any(MONTECLORA_SAMPLER in key for key in model.state_dict()))
+    assert found == [True, False]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dip_hf.adapter_files import Shapes
 from dip_hf.blocks import select_blocks
 from dip_hf.ibvi.layer import COVARIANCE
-from dip_hf.peft_compat import BaseTunerLayer, LoraModel, clean_name, get_pattern_key
+from dip_hf.peft_compat import MONTECLORA_SAMPLER, BaseTunerLayer, LoraModel, clean_name, get_pattern_key
 
 
 if TYPE_CHECKING:
@@ -21,14 +21,17 @@ if TYPE_CHECKING:
 _FILE_PREFIX = "base_model.model."
 
 
-def check_target(config: DIPNetConfig, name: str, target: nn.Module, shapes: Shapes) -> None:
+def check_target(
+    config: DIPNetConfig, name: str, target: nn.Module, shapes: Shapes, parameter: str | None = None
+) -> None:
     """Refuse weights for a module, before they are allocated, that the weight file has not in that size.
 
     Args:
         config: gives the module's rank, and whether it is variational; its blocks are resolved.
-        name: the module's name in the model.
+        name: the module's name in the model; of `target_parameters`, the parameter's.
         target: the module.
         shapes: the weight file's.
+        parameter: the last part of a parameter's name; LoRA stands in its module.
 
     Raises:
         ValueError: the file has no LoRA weights of the module, or of another rank or width, or a posterior of another
@@ -37,6 +40,8 @@ def check_target(config: DIPNetConfig, name: str, target: nn.Module, shapes: Sha
     remedy = "correct target_modules, r or rank_pattern, or save or download the adapter again."
     rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
     leaves = ("lora_A.weight", "lora_embedding_A")
+    if parameter is not None:
+        name = name.removesuffix(f".{parameter}")
     found = {
         key: shape
         for key, shape in shapes.items()
@@ -48,7 +53,7 @@ def check_target(config: DIPNetConfig, name: str, target: nn.Module, shapes: Sha
     for key, shape in found.items():
         if shape[0] < rank:
             raise ValueError(f"{key} is declared with shape {shape}, but the module's rank is {rank}; {remedy}")
-        if isinstance(base, nn.Linear) and shape[1] != base.in_features:
+        if isinstance(base, nn.Linear) and shape[1] != base.in_features and not config.use_bdlora:  # which is narrower
             raise ValueError(
                 f"{key} is declared with shape {shape}, but the module's input has {base.in_features} features; load "
                 f"the adapter on the base model that it was trained on, or {remedy}"
@@ -93,7 +98,7 @@ def check_loaded(
     if missing:
         raise ValueError(f"The adapter's weights lack {missing[0]!r} ({len(missing)} are missing); {remedy}")
     for key, tensor in loaded.items():
-        if ".lora_" in key and key not in own:
+        if ".lora_" in key and key not in own and MONTECLORA_SAMPLER not in key:
             raise ValueError(f"{key!r} is a weight of no module of the model; {remedy}")
         if compare_shapes and key in model and model[key].numel() and model[key].shape != tensor.shape:
             raise ValueError(
@@ -142,12 +147,15 @@ class CheckedLoraModel(LoraModel):
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **kwargs: Any,
+        *,
+        parameter_name: str | None = None,
     ) -> None:
         if lora_config._weight_shapes is not None:
-            check_target(lora_config, clean_name(current_key), target, lora_config._weight_shapes)
+            check_target(lora_config, clean_name(current_key), target, lora_config._weight_shapes, parameter_name)
         super()._create_and_replace(
-            lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
+            *(lora_config, adapter_name, target, target_name, parent),
+            current_key=current_key,
+            parameter_name=parameter_name,
         )
 
     @classmethod

@@ -109,5 +109,7 @@ def in_subset(parameters: dict[str, Any]) -> bool:
     """Whether a test belongs to the subset: it has no rows, or its row is one of a few that differ the most."""
     if "model_id" not in parameters:
         return True
-    rows = ("noise into LoRA", "every block", "frozen", "modules_to_save", "noise only", "posterior and noise")
-    return parameters["test_name"] in {f"DIPNet {row}" for row in rows}
+    own = ("noise into LoRA", "every block", "frozen", "modules_to_save", "noise only", "posterior and noise")
+    # LoRA whose weight file has other names or shapes than most
+    others = ("BD-LoRA both A and B", "MLP 1 using nn.Parameter LoRA", "Vanilla MLP 1 LoRA with Monteclora")
+    return parameters["test_name"] in {*(f"DIPNet {row}" for row in own), *others}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from peft import (
     get_peft_model_state_dict,
     inject_adapter_in_model,
 )
+from peft.tuners.lora import BdLoraConfig
+from peft.tuners.lora.config import MontecloraConfig
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -57,6 +60,24 @@ def test_only_lora_and_the_log_variances_are_trained(model: PeftModel) -> None:
     model.train()
     model(**batch()).logits.square().sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_parameters": ["mlp.down_proj.weight", "mlp.up_proj.weight"]},
+        {"use_bdlora": BdLoraConfig(target_modules_bd_a=["q_proj"], target_modules_bd_b=["v_proj"], nblocks=2)},
+        {"monteclora_config": MontecloraConfig()},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_variants_whose_files_have_other_names_or_shapes(base: str, options: dict[str, Any], tmp_path: Path) -> None:
+    model = adapt(load_base(base), target_modules=["q_proj", "v_proj"], **options).eval()
+    model.save_pretrained(tmp_path)
+    for low_cpu_mem_usage in (False, True):
+        loaded = PeftModel.from_pretrained(load_base(base), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+        assert torch.equal(logits(loaded), logits(model))
+    assert not torch.allclose(logits(loaded), logits(load_base(base)), atol=1e-3)
 
 
 def test_frozen_noise_stays_frozen(base: str) -> None:
