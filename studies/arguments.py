@@ -27,7 +27,8 @@ def parse_training(config: dict[str, Any], output_dir: str) -> tuple[DataArgumen
     parser.set_defaults_with_config(
         **config,
         output_dir=output_dir,
-        save_strategy="epoch",
+        save_strategy="steps",
+        save_steps=0.2,  # of all: what a kill costs at most
         save_total_limit=1,
         eval_strategy="no",
         report_to="none",

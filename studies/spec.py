@@ -18,8 +18,8 @@ OWNED = (
         "data_seed",
         "dataset_name",
     ),
-    *("output_dir", "dry_run", "eval_strategy", "save_strategy", "save_total_limit", "resume_from_checkpoint"),
-    *("push_to_hub", "report_to", "disable_tqdm", "config"),
+    *("output_dir", "dry_run", "eval_strategy", "save_strategy", "save_steps", "save_total_limit"),
+    *("resume_from_checkpoint", "push_to_hub", "report_to", "disable_tqdm", "config"),
 )
 TASK_SETS = ("standard", "harder", "unseen", "pretraining")
 MEMBER_STEP = 1000
