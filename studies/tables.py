@@ -78,7 +78,7 @@ def _progress(results: Results) -> str:
     text = f"{len(wanted) - len(missing)} of {len(wanted)} cells are finished."
     if results.stale:
         text += f" {results.stale} finished cells of an earlier declaration are left out."
-    if not missing:
+    if not missing or len(missing) == len(wanted):
         return text
     counts: dict[str, int] = {}
     for arm, size, _ in missing:
