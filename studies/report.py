@@ -2,6 +2,7 @@
 
     python -m studies.report                        # every study in studies/
     python -m studies.report studies/two_cores.yaml
+    python -m studies.report studies/two_cores.yaml --reference lora_same_rate --docs elsewhere
 
 Writes docs/results.md, and into docs/results/ per study NAME.json (the same numbers), NAME-SIZE.png and NAME.jsonl (a
 copy of the cells, from which the report can be made again where the runs are not).
@@ -13,10 +14,11 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from studies.compare import compare
-from studies.load import load_study
+from studies.load import close_to, load_study
 from studies.picture import draw
 from studies.results import read_results, results_path
 from studies.spec import Study
@@ -63,13 +65,25 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m studies.report", description=__doc__.splitlines()[0])
     parser.add_argument("studies", nargs="*", type=Path, help="YAML files (default: every study in studies/)")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where results.md is written (default: docs)")
+    parser.add_argument("--reference", help="compare with this arm (default: each study's own); needs --docs")
     arguments = parser.parse_args(argv)
     try:
         studies = [load_study(path) for path in arguments.studies or sorted((ROOT / "studies").glob("*.yaml"))]
+        if arguments.reference is not None:
+            if arguments.docs == ROOT / "docs":
+                raise ValueError("--reference would replace docs/results.md: name another folder by --docs")
+            studies = [_compared_with(study, arguments.reference) for study in studies]
         for path in write_report(studies, arguments.docs):
             print(f"Wrote {path}")
     except ValueError as error:
         sys.exit(f"studies.report: {error}")
+
+
+def _compared_with(study: Study, reference: str) -> Study:
+    names = [arm.name for arm in study.arms if not arm.untrained]
+    if reference not in names:
+        raise ValueError(f"--reference: {reference!r} is no trained arm of {study.name}{close_to(reference, names)}")
+    return replace(study, reference=reference)
 
 
 if __name__ == "__main__":

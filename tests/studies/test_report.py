@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from studies.compare import Comparison, Measure, Row, compare
+from studies.load import load_study
 from studies.measure import pack
 from studies.plan import finished_cells
 from studies.report import main, write_report
@@ -184,6 +185,23 @@ def test_a_study_that_has_not_begun_is_pending(tmp_path: Path, capsys: pytest.Ca
     assert "0 of 5 cells are finished." in text and "Pending" not in text
 
 
+def test_another_arm_may_be_the_reference(tmp_path: Path) -> None:
+    path, docs = write_study(tmp_path), tmp_path / "docs"
+    study, store = load_study(path), Store(tmp_path / "out")
+    finish_trials(study, store)
+    finish_cells(study, store, {"base": 0.0, "lora": 0.5, "neftune": 0.75})
+    store.write_results(study, finished_cells(study, store))
+    main([str(path), "--reference", "neftune", "--docs", str(docs)])
+    content = json.loads((docs / "results" / "study.json").read_text())
+    (lora,) = (row for row in content["sizes"][0]["measures"]["standard accuracy"] if row["arm"] == "lora")
+    assert lora["difference"]["value"] == pytest.approx(-25.0)
+    assert "reference **neftune**" in (docs / "results.md").read_text()
+
+
 def test_bad_input_stops_the_command(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="--reference: 'neftun' is no trained arm of study; did you mean 'neftune'"):
+        main([str(write_study(tmp_path)), "--reference", "neftun", "--docs", str(tmp_path)])
+    with pytest.raises(SystemExit, match="--reference would replace docs"):
+        main([str(write_study(tmp_path)), "--reference", "neftune"])
     with pytest.raises(SystemExit, match=r"studies.report: .*none\.yaml does not exist"):
         main([str(tmp_path / "none.yaml")])
