@@ -12,7 +12,7 @@ _COLOURS = {"better": "#009E73", "worse": "#D55E00", "no difference shown": "#00
 
 
 def draw(comparison: Comparison, study: Study, path: Path) -> None:
-    """Write the differences in accuracy as PNG; arms that are pending are named so.
+    """Write the differences in accuracy as PNG; arms of which nothing is finished are left out.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -23,7 +23,8 @@ def draw(comparison: Comparison, study: Study, path: Path) -> None:
         raise ImportError("the study's pictures need matplotlib: pip install 'dip_hf[eval]'") from error
     measures = [measure for measure in comparison.rows if measure.what == "accuracy"]
     # The base, far from every trained arm, would squeeze the scale
-    names = [arm.name for arm in study.arms if arm.name != study.reference and not arm.untrained]
+    shown = {arm.name for arm in study.arms if arm.name != study.reference and not arm.untrained}
+    names = [row.arm for row in comparison.rows[measures[0]] if row.arm in shown and row.seeds]
     figure = Figure(figsize=(3 + 2.6 * len(measures), 1.6 + 0.32 * len(names)), layout="constrained", dpi=150)
     axes = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
     for own, measure in zip(axes, measures, strict=True):
