@@ -99,8 +99,8 @@ def gaussian(
     training step, so noise is read from tables, as in evolution strategies (arXiv 1703.03864, section 2.1): the sum of
     two windows at places that `seed` chooses, one of each of two shuffled tables of about a million quantiles of
     N(0, 1/2). A sample is within 2e-6 of N(0, 1) in distribution function, its support is ±6.9; samples of one draw
-    share no table entry up to a million, and every further one differs in one of its two. Two draws
-    of n samples overlap in a table with probability n/2^19, and always from n = 2^19 on: samples of theirs are then
+    share no table entry up to a million, and every further one differs in one of its two. Two draws of
+    n samples overlap in a table with probability n/2^19, and always from n = 2^19 on: samples of theirs are then
     correlated by 1/2, at other positions (this project's choice).
     """
     if device.type != "cpu":

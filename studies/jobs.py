@@ -122,6 +122,7 @@ def _train(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     trainer = make_trainer(data, training, adapter, trainer_class(training))
     clock = Clock(folder / SECONDS_NAME)
     trainer.add_callback(clock)
+    # transformers' `get_last_checkpoint` would take one that a kill left half-written
     whole = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime_ns)
     try:
         result = trainer.train(resume_from_checkpoint=str(whole[-1].parent) if whole else None)

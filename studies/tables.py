@@ -57,12 +57,11 @@ def method_section() -> str:
             "within each family, items, the same for all seeds; an arm's score always comes with the reference's. "
             "Such an interval is too short where there are few seeds: with five, and were seeds all that varies, it "
             "would cover 85%; with one it covers the choice of items alone. p is corrected by Holm over the arms of a "
-            "table. A verdict takes "
-            f"p < {LEVEL:g} after that and the same sign in every seed, of at least {MIN_SEEDS}. NLL is that of the "
-            f"reference answer with its end; ECE has {BINS} bins of equal width, and that of a finite sample is too "
-            "high, most for a well calibrated arm, for which the basic interval corrects in part. Brier score "
-            "and AUROC (right against wrong answers) are of the confidence in the model's own answer, and have no "
-            "interval.",
+            f"table. A verdict takes p < {LEVEL:g} after that and the same sign in every seed, of at least "
+            f"{MIN_SEEDS}. NLL is that of the reference answer with its end; ECE has {BINS} bins of equal width, and "
+            "that of a finite sample is too high, most for a well calibrated arm, for which the basic interval "
+            "corrects in part. Brier score and AUROC (right against wrong answers) are of the confidence in the "
+            "model's own answer, and have no interval.",
             "Robustness and smoothness are teacher-forced and of one noise-free pass, so that they leave out arms "
             "that predict by samples, an ensemble or at a temperature; they have no interval. "
             "Training time is measured with other runs at work beside it, so its ratio is rough.",
