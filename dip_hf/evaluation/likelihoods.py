@@ -26,6 +26,20 @@ def check_output_types(tasks: Iterable[Any]) -> None:
             )
 
 
+def check_right_or_wrong(task: str, metric: str, scores: Iterable[float]) -> None:
+    """Refuse graded scores: a confidence is the probability of being right, so there must be right and wrong.
+
+    Raises:
+        ValueError: a score that is neither 0 nor 1.
+    """
+    for score in scores:
+        if score not in (0, 1):
+            raise ValueError(
+                f"calibration: task {task} has {metric}={score:g} for an item, which is neither right nor wrong; "
+                "leave the task out, or turn calibration off"
+            )
+
+
 def choice_scores(log_likelihoods: ArrayLike, chosen: int, right: Sequence[int]) -> tuple[float, float]:
     """The softmax over choices: probability of the chosen one, and -ln of the right ones' probability in nats.
 

@@ -14,7 +14,13 @@ from lm_eval.evaluator import evaluate
 
 from dip_hf.evaluation.calibration_report import check_in_distribution
 from dip_hf.evaluation.checkpoints import Checkpoint, check_checkpoints
-from dip_hf.evaluation.likelihoods import check_output_types, check_validation, fit_to_validation, score_answers
+from dip_hf.evaluation.likelihoods import (
+    check_output_types,
+    check_right_or_wrong,
+    check_validation,
+    fit_to_validation,
+    score_answers,
+)
 from dip_hf.evaluation.lm import DIPLM
 from dip_hf.evaluation.results import CheckpointScores, EvaluationSettings, TaskScores
 from dip_hf.evaluation.tasks import item_scores, keep_families, load_tasks, scored_samples, task_sets
@@ -109,7 +115,11 @@ def _task_scores(
 ) -> TaskScores:
     metric, values = item_scores(samples)
     chosen, rows = scored_samples(samples)
-    confidences, nlls = score_answers(model, tasks["tasks"][name], rows, chosen) if settings.calibration else ((), ())
+    confidences: tuple[float, ...] = ()
+    nlls: tuple[float, ...] = ()
+    if settings.calibration:
+        check_right_or_wrong(name, metric, values)
+        confidences, nlls = score_answers(model, tasks["tasks"][name], rows, chosen)
     items = tuple(row["doc_hash"] for row in rows)
     return TaskScores(name, task_sets(tasks)[name], metric, tuple(values), items, confidences, nlls)
 

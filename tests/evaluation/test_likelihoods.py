@@ -12,6 +12,7 @@ import torch
 from dip_hf.evaluation.calibration import TEMPERATURES
 from dip_hf.evaluation.likelihoods import (
     check_output_types,
+    check_right_or_wrong,
     check_validation,
     choice_scores,
     fit_to_validation,
@@ -126,3 +127,9 @@ def test_tasks_without_probabilities_or_validation_items_are_refused() -> None:
     evaluated = choice_task(has_validation_docs=lambda: True, has_test_docs=lambda: False)
     with pytest.raises(ValueError, match="temperature: task colours has no validation split besides"):
         check_validation([evaluated])
+
+
+def test_graded_scores_are_refused_by_name() -> None:
+    check_right_or_wrong("words", "exact_match", [0.0, 1.0, True])
+    with pytest.raises(ValueError, match=r"calibration: task words has f1=0\.5 for an item.*turn calibration off"):
+        check_right_or_wrong("words", "f1", [1.0, 0.5])

@@ -57,6 +57,31 @@ def test_checkpoints_are_scored_on_the_same_items(
     assert "Running generate_until requests" in output.err
 
 
+def test_a_graded_score_stops_a_calibration_after_the_first_checkpoint(
+    base_folder: str, lora_folder: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "graded.py").write_text("def grade(doc, results):\n    return {'grade': 0.5}\n")
+    (tmp_path / "docs.json").write_text(json.dumps([{"question": "1 + 1 =", "answer": "2"}]))
+    (tmp_path / "graded.yaml").write_text(
+        f"""
+task: graded
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path / "docs.json"}}}}}
+output_type: generate_until
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+process_results: !function graded.grade
+generation_kwargs: {{until: ["\\n"], max_gen_toks: 2}}
+metric_list: [{{metric: grade, aggregation: mean, higher_is_better: true}}]
+"""
+    )
+    settings = settings_for(base_folder, tasks=("graded",), include_path=str(tmp_path), limit=1, calibration=True)
+    with pytest.raises(ValueError, match=r"calibration: task graded has grade=0\.5 for an item"):
+        evaluate(settings, [Checkpoint("base"), Checkpoint("lora", lora_folder)])
+    assert "[2/2]" not in capfd.readouterr().out
+
+
 def test_every_way_to_predict_is_calibrated_in_one_run(
     base_folder: str, lora_folder: str, other_lora_folder: str, dropout_folder: str, posterior_folder: str
 ) -> None:
