@@ -24,7 +24,7 @@ from dip_hf.evaluation.checkpoints import Checkpoint
 from dip_hf.evaluation.report import make_report, to_text
 from dip_hf.evaluation.results import EvaluationSettings
 from dip_hf.evaluation.run import evaluate_checkpoints, prepare_tasks
-from dip_hf.evaluation.write import write_report
+from dip_hf.evaluation.write import make_folder, write_report
 
 
 @dataclass
@@ -84,12 +84,15 @@ class EvaluationArguments:
     device: str | None = field(
         default=None, metadata={"help": "Such as `cuda`; a GPU where there is one if not given."}
     )
-    dtype: str = field(default="auto", metadata={"help": "Such as `bfloat16`; `auto` is the checkpoint's own."})
+    dtype: str = field(
+        default="auto", metadata={"help": "`float32`, `bfloat16` or `float16`; `auto` is the checkpoint's own."}
+    )
     include_path: str = field(
         default=str(Path(__file__).parent.parent / "evals"), metadata={"help": "Folder of task files."}
     )
     output_dir: str = field(
-        default="runs/evaluation", metadata={"help": "Where report.json, .md and the pictures are written."}
+        default="runs/evaluation",
+        metadata={"help": "Where report.json, .md and the pictures are written, after each checkpoint."},
     )
 
 
@@ -114,12 +117,17 @@ def main(argv: list[str] | None = None) -> None:
             dtype=arguments.dtype,
         )
         checkpoints = [Checkpoint.parse(text) for text in arguments.checkpoints]
+        make_folder(arguments.output_dir)
         tasks = prepare_tasks(settings, checkpoints)
     except ValueError as error:
         sys.exit(f"recipes/evaluate.py: {error}")
-    report = make_report(settings, evaluate_checkpoints(settings, checkpoints, tasks))
+    results = []
+    for scores in evaluate_checkpoints(settings, checkpoints, tasks):
+        results.append(scores)
+        report = make_report(settings, results)
+        paths = write_report(report, arguments.output_dir)  # each time: a later one may fail
     print(f"\n{to_text(report)}\n")
-    for path in write_report(report, arguments.output_dir):
+    for path in paths:
         print(f"Wrote {path}")
 
 

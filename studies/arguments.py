@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import product
+from pathlib import Path
 from typing import Any
 
+from dip_hf.evaluation.environment import resolve_device
 from dip_hf.reasoning import FINETUNING
 from dip_hf.recipe.arguments import AdapterArguments, DataArguments, RecipeParser
 from studies.load import close_to
 from studies.spec import Arm, Study
 from studies.trainers import StudyConfig
+
+
+_OF_DIPNET = (
+    *("learn_noise", "noise_", "variational_"),
+    *("num_trajectories", "variance_weight", "log_variance_weight", "stability_weight", "penalty_"),
+)
+"""What fields that need a DIPNet adapter start with."""
 
 
 def parse_training(config: dict[str, Any], output_dir: str) -> tuple[DataArguments, StudyConfig, AdapterArguments]:
@@ -39,22 +49,55 @@ def parse_training(config: dict[str, Any], output_dir: str) -> tuple[DataArgumen
 
 
 def check_fields(study: Study) -> None:
-    """Check the families, and build the arguments of every arm's every trial, so that a mistake costs no wait.
+    """Check the base, the families and the device, and build the arguments of every arm's every trial, so that a
+    mistake costs no wait.
 
     Raises:
-        ValueError: an unknown family, or a mistake in an arm's fields; names the arm and the trial.
+        ValueError: a base or a device that is not there, an unknown family, or a mistake in an arm's fields, among
+            them fields without effect and trials alike; names the arm and the trial.
     """
+    base = Path(study.model)
+    if not base.is_dir() and base.parent != Path() and base.parent.is_dir():  # else it may be a name on the Hub
+        raise ValueError(
+            f"model={study.model!r} is no folder{close_to(base.name, [path.name for path in base.parent.iterdir()])}"
+        )
+    if Path(study.output_dir).is_file():
+        raise ValueError(f"output_dir={study.output_dir!r} is a file; name a folder")
+    resolve_device(study.evaluation.device)
     known = [family.name for family in FINETUNING]
     for family in study.families:
         if family not in known:
             raise ValueError(f"families: {family!r} is no fine-tuning family{close_to(str(family), known)}")
+    for arm in study.arms:
+        for index, setting in enumerate(arm.trials):
+            if setting in arm.trials[:index]:
+                raise ValueError(
+                    f"arms.{arm.name}: trials {arm.trials.index(setting)} and {index} are alike ({setting}); "
+                    "each must try something else"
+                )
     for arm, size in product(study.arms, study.sizes):
         for trial in range(0 if arm.untrained else len(arm.trials)):
             try:
-                _, _, adapter = parse_training(study.training(arm, size, study.seeds[0], trial), study.output_dir)
+                config = study.training(arm, size, study.seeds[0], trial)
+                _, training, adapter = parse_training(config, study.output_dir)
+                _check_effect({**arm.overrides, **arm.trials[trial]}, training, adapter)
                 _check_prediction(arm, adapter)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"arms.{arm.name}, size {size}, trial {trial}: {error}") from error
+
+
+def _check_effect(names: Iterable[str], training: StudyConfig, adapter: AdapterArguments) -> None:
+    """Refuse fields of an arm that its adapter, or a weight of 0, leaves without effect."""
+    if training.rdrop_weight > 0 and adapter.adapter == "dipnet":
+        raise ValueError(f"rdrop_weight={training.rdrop_weight} is a baseline: set adapter to 'lora' or 'none'")
+    for name in names:
+        if name.startswith(_OF_DIPNET) and adapter.adapter != "dipnet":
+            raise ValueError(
+                f"{name} has no effect with adapter={adapter.adapter!r}: remove it, or set adapter to 'dipnet'"
+            )
+        for weight, value in (("dres_weight", training.dres_weight), ("icp_weight", training.icp_weight)):
+            if value == 0 and name != weight and name.startswith(weight.removesuffix("weight")):
+                raise ValueError(f"{name} has no effect at {weight}=0: remove it, or set {weight}")
 
 
 def _check_prediction(arm: Arm, adapter: AdapterArguments) -> None:

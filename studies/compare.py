@@ -85,16 +85,16 @@ class Comparison:
     Attributes:
         size: training examples per family.
         rows: per measure, in the order of the study's arms.
-        probes: per arm and number under robustness and smoothness the mean over seeds and its standard deviation
-            (None with fewer than two seeds).
+        probes: per arm and number of robustness, smoothness, reconstruction and posterior the mean over seeds and its
+            standard deviation (None with fewer than two seeds).
         costs: per arm the training time as a multiple of the reference's; None where it is not known.
         settings: per arm the overrides that the validation split chose, and the mean of the temperatures fitted on it;
             None while pending, {} without a choice.
         trials: per arm the validation scores of all its trials, `exact_match` and `nll`; empty while pending and
             without a choice.
-        discrimination: per task set and arm the Brier score, and the AUROC of right against wrong answers, over the
-            items of all tasks: mean over seeds and standard deviation as in `probes`; AUROC is left out where some
-            seed has no right or no wrong answer.
+        discrimination: per task set and arm the confidence, the Brier score, and the AUROC of right against wrong
+            answers, over the items of all tasks: mean over seeds and standard deviation as in `probes`; AUROC is left
+            out where some seed has no right or no wrong answer.
     """
 
     size: int
@@ -197,16 +197,17 @@ def _estimate(
 
 
 def _probes(results: Results, arm: Arm, size: int) -> dict[str, tuple[float, float | None]]:
-    """Every number under `robustness` and `smoothness`, by a name such as "typos exact_match"."""
+    """Every number that `studies.measure.probe` found, by a name such as "robustness typos exact_match"."""
     seeds = results.seeds(arm, size)[: 1 if arm.untrained else None]
     if not seeds:
         return {}
     line = results.line(arm, size, seeds[0])
+    nested, flat = ("robustness", "reconstruction"), ("smoothness", "posterior")
     paths: list[tuple[str, ...]] = [
-        ("robustness", name, value) for name, own in line.get("robustness", {}).items() for value in own
+        (kind, name, value) for kind in nested for name, own in line.get(kind, {}).items() for value in own
     ]
-    paths += [("smoothness", name) for name in line.get("smoothness", {})]
-    values = {" ".join(path[1:]): results.probes(arm, size, seeds, *path) for path in paths}
+    paths += [(kind, name) for kind in flat for name in line.get(kind, {})]
+    values = {" ".join(path): results.probes(arm, size, seeds, *path) for path in paths}
     return {name: _over_seeds(own) for name, own in values.items() if own is not None}
 
 
@@ -222,6 +223,7 @@ def _discrimination(results: Results, arm: Arm, size: int, task_set: str) -> dic
     correct = np.concatenate(results.strata(arm, size, seeds, task_set, "correct"), axis=1)
     pairs = list(zip(confidences, correct, strict=True))
     values = {
+        "confidence": confidences.mean(axis=1),
         "brier": np.array([brier_score(*pair) for pair in pairs]),
         "auroc": np.array([auroc(own[right == 1], own[right == 0]) for own, right in pairs]),
     }

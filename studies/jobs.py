@@ -20,7 +20,7 @@ from dip_hf.adapter_files import CONFIG_NAME
 from dip_hf.diagnostics import make_batches, suite_rows
 from dip_hf.diagnostics.functional import score_answers
 from dip_hf.diagnostics.passes import prepare_batches
-from dip_hf.evaluation.environment import describe_environment
+from dip_hf.evaluation.environment import describe_environment, resolve_device
 from dip_hf.evaluation.sampling import make_sampler
 from dip_hf.noise import NoiseKey
 from recipes.sft import make_trainer
@@ -145,7 +145,7 @@ def _train(config: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def load_model(study: Study, folder: Path | None) -> PreTrainedModel | PeftModel:
     """The base in fp32, or with what `folder` holds; noise-free, in evaluation mode, on the device of evaluation."""
-    device = study.evaluation.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = resolve_device(study.evaluation.device)
     adapter = folder is not None and (folder / CONFIG_NAME).is_file()
     whole = study.model if folder is None or adapter else folder
     model = AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32).to(device)

@@ -13,7 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
-from dip_hf.diagnostics import add_instruction_typos, make_batches, robustness, smoothness, suite_rows
+from dip_hf.diagnostics import (
+    add_instruction_typos,
+    make_batches,
+    posterior_distance,
+    reconstruction_errors,
+    robustness,
+    smoothness,
+    suite_rows,
+)
 from dip_hf.evaluation.checkpoints import Checkpoint, check_checkpoints
 from dip_hf.evaluation.results import EvaluationSettings, TaskScores
 from dip_hf.evaluation.run import evaluate_checkpoints, prepare_tasks
@@ -95,7 +103,8 @@ def probe(study: Study, model: Any) -> dict[str, Any]:
         model: in fp32, noise-free.
 
     Returns:
-        `robustness` and `smoothness`, where they are on.
+        `robustness` and `smoothness`, where they are on; with the latter `reconstruction`, DReS's error by N, and
+        `posterior`, how far IBVI's has moved, of an adapter that has one.
     """
     tokenizer, evaluation = AutoTokenizer.from_pretrained(study.model), study.evaluation
     result: dict[str, Any] = {}
@@ -109,7 +118,11 @@ def probe(study: Study, model: Any) -> dict[str, Any]:
         result["robustness"]["typos"] = robustness(model, batches, noise_scales=(), fgsm_scales=())["none"]
     if evaluation.smoothness_items > 0:
         rows = suite_rows(study.families, evaluation.split, evaluation.smoothness_items)
-        result["smoothness"] = smoothness(model, make_batches(rows, tokenizer, evaluation.batch_size))
+        batches = make_batches(rows, tokenizer, evaluation.batch_size)
+        result["smoothness"] = smoothness(model, batches)
+        result["reconstruction"] = {str(size): own for size, own in reconstruction_errors(model, batches).items()}
+        if distances := posterior_distance(model):
+            result["posterior"] = distances
     return result
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -117,7 +117,10 @@ def _is_current(study: Study, line: dict[str, Any]) -> bool:
 
 
 def time_ratio(results: Results, arm: Arm, size: int) -> float | None:
-    """Mean over seeds of the training time, over the reference's of the same seed; None without both."""
+    """Median over seeds of the training time, over the reference's of the same seed; None without both.
+
+    The median, since other work on the machine can make one run many times as long.
+    """
     reference = results.study.arm(results.study.reference)
     both = [seed for seed in results.seeds(arm, size) if seed in results.seeds(reference, size)]
     if arm.untrained or not both:
@@ -125,4 +128,4 @@ def time_ratio(results: Results, arm: Arm, size: int) -> float | None:
     ours, theirs = (
         [results.line(one, size, seed)["training"]["seconds"] for seed in both] for one in (arm, reference)
     )
-    return fmean(mine / other for mine, other in zip(ours, theirs, strict=True))
+    return median(mine / other for mine, other in zip(ours, theirs, strict=True))

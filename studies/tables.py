@@ -36,7 +36,8 @@ def study_section(results: Results, comparisons: Sequence[Comparison], pictures:
         parts.append(f"![Differences to {results.study.reference}]({pictures[comparison.size]})")
         parts += [_measure_table(comparison, measure, results.study) for measure in comparison.rows]
         parts += [_calibration(comparison, name) for name in comparison.discrimination]
-        parts += [_robustness(comparison), _smoothness(comparison), _settings(comparison, results.study)]
+        parts += [_robustness(comparison, results.study), _smoothness(comparison, results.study)]
+        parts += [_reconstruction(comparison), _posterior(comparison), _settings(comparison, results.study)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -46,25 +47,26 @@ def method_section() -> str:
         [
             "## How to read this",
             "A cell is an arm, a data size and a seed. The seed draws the training examples, the initialisation and "
-            "the order of the data, alike for all arms. Every arm has the same number of trials; the setting with the "
-            "highest teacher-forced exact match on the validation split (ties: lowest negative log-likelihood), "
-            "averaged over the selection seeds, is run with all seeds, and each of these runs is scored once on the "
-            "test split, but for a study of settings, which says so.",
+            "the order of the data, alike for all arms. Every arm that chooses between settings has the same number "
+            "of trials; the setting with the highest teacher-forced exact match on the validation split (ties: lowest "
+            "negative log-likelihood), averaged over the selection seeds, is run with all seeds, and each of these "
+            "runs is scored once on the test split, but for a study of settings, which says so.",
             "Accuracy is the share of generated answers that reasoning-gym's own scorer gives full marks, the mean "
             "over families; ± is the standard deviation over seeds. A difference is to the reference arm with the "
             f"same seeds and items. Its 95% basic interval and p-value come from {RESAMPLES:,} two-way bootstrap "
             "resamples, reflected about the difference at hand: seeds are drawn with replacement, and independently, "
             "within each family, items, the same for all seeds; an arm's score always comes with the reference's. "
             "Such an interval is too short where there are few seeds: with five, and were seeds all that varies, it "
-            "would cover 85%; with one it covers the choice of items alone. p is corrected by Holm over the arms of a "
-            f"table. A verdict takes p < {LEVEL:g} after that and the same sign in every seed, of at least "
-            f"{MIN_SEEDS}. NLL is that of the reference answer with its end; ECE has {BINS} bins of equal width, and "
-            "that of a finite sample is too high, most for a well calibrated arm, for which the basic interval "
-            "corrects in part. Brier score and AUROC (right against wrong answers) are of the confidence in the "
-            "model's own answer, and have no interval.",
-            "Robustness and smoothness are teacher-forced and of one noise-free pass, so that they leave out arms "
-            "that predict by samples, an ensemble or at a temperature; they have no interval. "
-            "Training time is measured with other runs at work beside it, so its ratio is rough.",
+            "would cover 85%, and more where items vary too; with one it covers the choice of items alone. p is "
+            f"corrected by Holm over the arms of a table. A verdict takes p < {LEVEL:g} after that and the same sign "
+            f"in every seed, of at least {MIN_SEEDS}. NLL is that of the reference answer with its end; ECE has "
+            f"{BINS} bins of equal width, and that of a finite sample is too high, most for a well calibrated arm, "
+            "for which the basic interval corrects in part. Confidence (that in the model's own answer), its Brier "
+            "score and AUROC (right against wrong answers) have no interval.",
+            "Robustness, smoothness and reconstruction are teacher-forced and of one noise-free pass, so that they "
+            "leave out arms that predict by samples, an ensemble or at a temperature; they have no interval. "
+            "Training time is measured with other runs at work beside it, so its ratio, a median over "
+            "seeds, is rough.",
         ]
     )
 
@@ -92,8 +94,7 @@ def _where(results: Results) -> str:
     study = results.study
     text = (
         f"Base `{study.model}`; families {', '.join(study.families)}; seeds {', '.join(map(str, study.seeds))}; "
-        f"reference **{study.reference}**; {len(study.arm(study.reference).trials)} trials per arm, chosen with seeds "
-        f"{', '.join(map(str, study.selection.seeds))}. Scored on the {study.evaluation.split} split."
+        f"reference **{study.reference}**; {_choice(study)}. Scored on the {study.evaluation.split} split."
     )
     places: dict[str, int] = {}
     for line in results.lines.values():
@@ -103,6 +104,16 @@ def _where(results: Results) -> str:
         place += f"commit {environment['commit']}"
         places[place] = places.get(place, 0) + 1
     return "\n".join([text, "", *(f"- {count} cells: {place}" for place, count in places.items())])
+
+
+def _choice(study: Study) -> str:
+    """How many settings each arm could choose from; all that choose have the same number."""
+    trials = max(len(arm.trials) for arm in study.arms)
+    if trials == 1:
+        return "settings given, none chosen"
+    given = [arm.name for arm in study.arms if len(arm.trials) == 1 and not arm.untrained]
+    text = f"{trials} trials per arm, chosen with seeds {', '.join(map(str, study.selection.seeds))}"
+    return text + (f" (settings given for {', '.join(given)})" if given else "")
 
 
 def _measure_table(comparison: Comparison, measure: Measure, study: Study) -> str:
@@ -133,14 +144,19 @@ def _measure_line(row: Row, measure: Measure, reference: str) -> tuple[str, ...]
 
 
 def _calibration(comparison: Comparison, task_set: str) -> str:
-    """NLL, ECE, Brier score and AUROC of all arms side by side."""
-    header = ("arm", "NLL", "difference, 95%", "ECE %", "difference, 95%", "Brier", "AUROC")
+    """NLL, ECE, confidence, Brier score and AUROC of all arms side by side."""
+    header = ("arm", "NLL", "difference, 95%", "ECE %", "difference, 95%", "confidence %", "Brier", "AUROC")
     pairs = zip(*(comparison.rows[Measure(task_set, what)] for what in ("nll", "ece")), strict=True)
     lines = []
     for nll, ece in pairs:
         own = comparison.discrimination[task_set][nll.arm]
         likelihood, error = _calibration_cells(nll, 3), _calibration_cells(ece, 1)
-        lines.append((nll.arm, *likelihood, *error, _probe(own.get("brier"), 1, 3), _probe(own.get("auroc"), 1, 3)))
+        others = (
+            _probe(own.get("confidence"), 100, 1),
+            _probe(own.get("brier"), 1, 3),
+            _probe(own.get("auroc"), 1, 3),
+        )
+        lines.append((nll.arm, *likelihood, *error, *others))
     title = f"**Calibration** on {_SETS[task_set]}"
     return f"{title}\n\n{markdown(header, lines, right=range(1, len(header)))}"
 
@@ -154,33 +170,64 @@ def _calibration_cells(row: Row, digits: int) -> tuple[str, str]:
     return mean, f"{own.value:+.{digits}f} [{own.low:+.{digits}f}, {own.high:+.{digits}f}]"
 
 
-def _robustness(comparison: Comparison) -> str:
-    names = _probe_names(comparison, "exact_match")
+def _robustness(comparison: Comparison, study: Study) -> str:
+    names = _probe_names(comparison, "robustness ", " exact_match")
     if not names:
         return ""
-    header = ("arm", *(name.removesuffix(" exact_match").replace("_", " ") for name in names))
-    lines = [
-        (arm, *(_probe(own.get(name), 100, 1) for name in names)) for arm, own in comparison.probes.items() if own
-    ]
+    header = ("arm", *(name.split()[1].replace("_", " ") for name in names))
+    items = study.evaluation.probe_items * len(study.families)
     text = (
-        "**Robustness**: teacher-forced exact match in % under perturbed prompts (noise and FGSM relative to the RMS)"
+        f"**Robustness**: teacher-forced exact match in % on {items} items under perturbed prompts (noise and FGSM "
+        "relative to the RMS)"
     )
-    return f"{text}\n\n{markdown(header, lines, right=range(1, len(header)))}"
+    return f"{text}\n\n{_probe_table(comparison, header, names, 100, 1)}"
 
 
-def _smoothness(comparison: Comparison) -> str:
-    names = [
-        *("relative_gradient_norm_mean", "relative_gradient_norm_max"),
-        *("relative_hessian_norm_mean", "relative_hessian_norm_max"),
-    ]
+def _smoothness(comparison: Comparison, study: Study) -> str:
+    header = ("gradient norm mean", "gradient norm max", "hessian norm mean", "hessian norm max")
+    names = [f"smoothness relative_{name.replace(' ', '_')}" for name in header]
+    if not any(names[0] in own for own in comparison.probes.values()):
+        return ""
+    items = study.evaluation.smoothness_items * len(study.families)
+    text = (
+        f"**Smoothness** of the loss of {items} items in the embeddings, in units of their RMS (spectral norm of the "
+        "Hessian)"
+    )
+    return f"{text}\n\n{_probe_table(comparison, ('arm', *header), names, 1, 3)}"
+
+
+def _reconstruction(comparison: Comparison) -> str:
+    names = _probe_names(comparison, "reconstruction ", " error")
+    if not names:
+        return ""
+    header = ("arm", *(f"N = {name.split()[1]}" for name in names))
+    text = (
+        "**Reconstruction**: DReS's relative error in %, of groups of 8 tokens from N coded ones through the MLPs of "
+        "the last quarter of the blocks, on the items of smoothness"
+    )
+    return f"{text}\n\n{_probe_table(comparison, header, names, 100, 2)}"
+
+
+def _posterior(comparison: Comparison) -> str:
+    header = ("spread at the start", "spread", "W2 of the covariances", "in units of the start")
+    names = ["start_spread", "spread", "covariance_distance", "relative_covariance_distance"]
+    names = [f"posterior {name}" for name in names]
+    if not any(names[0] in own for own in comparison.probes.values()):
+        return ""
+    text = "**Posterior**: how far IBVI's has moved from its start, all layers together"
+    return f"{text}\n\n{_probe_table(comparison, ('arm', *header), names, 1, 3)}"
+
+
+def _probe_table(
+    comparison: Comparison, header: Sequence[str], names: Sequence[str], scale: float, digits: int
+) -> str:
+    """The arms that have the first of `names`, a column each."""
     lines = [
-        (arm, *(_probe(own.get(name), 1, 3) for name in names))
+        (arm, *(_probe(own.get(name), scale, digits) for name in names))
         for arm, own in comparison.probes.items()
         if names[0] in own
     ]
-    header = ("arm", *(name.removeprefix("relative_").replace("_", " ") for name in names))
-    text = "**Smoothness** of the loss in the embeddings, in units of their RMS (spectral norm of the Hessian)"
-    return f"{text}\n\n{markdown(header, lines, right=range(1, len(header)))}" if lines else ""
+    return markdown(header, lines, right=range(1, len(header)))
 
 
 def _settings(comparison: Comparison, study: Study) -> str:
@@ -203,8 +250,9 @@ def _words(overrides: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in overrides.items())
 
 
-def _probe_names(comparison: Comparison, suffix: str) -> list[str]:
-    return list(dict.fromkeys(name for own in comparison.probes.values() for name in own if name.endswith(suffix)))
+def _probe_names(comparison: Comparison, prefix: str, suffix: str) -> list[str]:
+    names = dict.fromkeys(name for own in comparison.probes.values() for name in own)
+    return [name for name in names if name.startswith(prefix) and name.endswith(suffix)]
 
 
 def _probe(value: tuple[float, float | None] | None, scale: float, digits: int) -> str:

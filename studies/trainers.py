@@ -40,6 +40,11 @@ class StudyConfig(DIPSFTConfig):
                 f"sam_rho={self.sam_rho} takes the second gradient on the batch of the first, unscaled: set "
                 "gradient_accumulation_steps to 1 and fp16 to false"
             )
+        if self.rdrop_weight > 0 and self.label_smoothing_factor > 0:
+            raise ValueError(
+                f"rdrop_weight={self.rdrop_weight} has a loss of its own, without label smoothing: set "
+                "label_smoothing_factor to 0"
+            )
         if self.rdrop_weight > 0 and (self.dres_weight > 0 or self.icp_weight > 0):
             raise ValueError(f"rdrop_weight={self.rdrop_weight} is a baseline: set dres_weight and icp_weight to 0")
 

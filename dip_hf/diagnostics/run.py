@@ -23,7 +23,7 @@ from dip_hf.diagnostics.smoothness import smoothness
 from dip_hf.diagnostics.typos import add_instruction_typos
 from dip_hf.dres.functional import coding_matrices
 from dip_hf.evaluation.checkpoints import Checkpoint, check_checkpoints
-from dip_hf.evaluation.environment import describe_environment
+from dip_hf.evaluation.environment import describe_environment, resolve_device
 from dip_hf.noise import NoiseKey
 from dip_hf.reasoning import FINETUNING
 from dip_hf.reasoning.families import Level
@@ -90,6 +90,7 @@ class DiagnoseSettings:
         for name in ("limit", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        resolve_device(self.device)
         check_scales("noise_scales", self.noise_scales)
         check_scales("fgsm_scales", self.fgsm_scales)
         if not all(0 < rate <= 1 for rate in self.typo_rates or ()):
@@ -162,7 +163,7 @@ def diagnose(settings: DiagnoseSettings) -> dict[str, Any]:
     else:
         families = [family.name for family in FINETUNING] if settings.families is None else settings.families
         rows = suite_rows(families, settings.split, settings.limit, settings.level)
-    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = resolve_device(settings.device)
     model, tokenizer = load_checkpoint(settings.adapter, settings.base, device)
     batches = make_batches(rows, tokenizer, settings.batch_size)
     key = NoiseKey(settings.seed)

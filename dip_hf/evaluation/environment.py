@@ -14,6 +14,22 @@ import torch
 _PACKAGES = ("dip_hf", "torch", "transformers", "peft", "trl", "datasets", "lm_eval", "reasoning_gym", "math-verify")
 
 
+def resolve_device(device: str | None) -> str:
+    """The device to compute on: the one named, or a GPU where there is one.
+
+    Raises:
+        ValueError: this machine, or this build of PyTorch, does not have it.
+    """
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (AssertionError, RuntimeError) as error:  # a build without CUDA asserts
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device={device!r} cannot be used here ({reason}): leave it out, or name another") from error
+    return device
+
+
 def describe_environment(device: str | None = None) -> dict[str, Any]:
     """Package versions, Python, device, threads and the checkout's commit (None outside one)."""
     packages = {}
@@ -22,7 +38,7 @@ def describe_environment(device: str | None = None) -> dict[str, Any]:
             packages[name] = version(name)
         except PackageNotFoundError:
             continue
-    used = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    used = resolve_device(device)
     return {
         "device": torch.cuda.get_device_name(used) if used.startswith("cuda") else used,
         "threads": torch.get_num_threads(),

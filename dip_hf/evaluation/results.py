@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dip_hf.evaluation.checkpoints import Checkpoint
+from dip_hf.evaluation.environment import resolve_device
+
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,10 @@ class EvaluationSettings:
         calibration: measure how well probabilities fit: one more pass over the answers of generation tasks.
         in_distribution: the task set that the others are a shift from; None: the first.
         device: such as "cuda"; None: a GPU where there is one.
-        dtype: such as "bfloat16"; "auto" is the checkpoint's own.
+        dtype: one of `DTYPES`; "auto" is the checkpoint's own.
+
+    Raises:
+        ValueError: a value that makes no sense, or a device that is not there; names field, value and remedy.
     """
 
     model: str
@@ -46,6 +53,9 @@ class EvaluationSettings:
             raise ValueError(f"limit={self.limit} must be at least 1 item per task; leave it out for all items")
         if self.split not in ("test", "validation"):
             raise ValueError(f"split={self.split!r} must be 'test' or 'validation'")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}")
+        resolve_device(self.device)
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size} must be at least 1")
         if self.num_samples < 0:

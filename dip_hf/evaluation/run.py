@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import lm_eval.api.task
-import torch
 from lm_eval.evaluator import evaluate
 
 from dip_hf.evaluation.calibration_report import check_in_distribution
 from dip_hf.evaluation.checkpoints import Checkpoint, check_checkpoints
+from dip_hf.evaluation.environment import resolve_device
 from dip_hf.evaluation.likelihoods import (
     check_output_types,
     check_right_or_wrong,
@@ -65,23 +65,23 @@ def prepare_tasks(settings: EvaluationSettings, checkpoints: Sequence[Checkpoint
 
 def evaluate_checkpoints(
     settings: EvaluationSettings, checkpoints: Sequence[Checkpoint], tasks: dict[str, Any]
-) -> list[CheckpointScores]:
+) -> Iterator[CheckpointScores]:
     """Evaluate checkpoints on the same items, one after the other, with a progress bar each.
+
+    Lazily, so that what is finished can be kept before the next one begins.
 
     Args:
         settings: as given to `prepare_tasks`.
         checkpoints: as given to `prepare_tasks`; the first is the reference of a report.
         tasks: what `prepare_tasks` returned.
 
-    Returns:
+    Yields:
         The scores, in the order of `checkpoints`.
     """
-    results = []
     for index, checkpoint in enumerate(checkpoints, start=1):
         where = checkpoint.path or settings.model
         print(f"[{index}/{len(checkpoints)}] {checkpoint.name}: {checkpoint.kind}, {where}", flush=True)
-        results.append(_evaluate_one(settings, checkpoint, tasks))
-    return results
+        yield _evaluate_one(settings, checkpoint, tasks)
 
 
 def _evaluate_one(settings: EvaluationSettings, checkpoint: Checkpoint, tasks: dict[str, Any]) -> CheckpointScores:
@@ -97,7 +97,7 @@ def _evaluate_one(settings: EvaluationSettings, checkpoint: Checkpoint, tasks: d
             noise_seed=settings.noise_seed,
             dropout=checkpoint.dropout,
             batch_size=settings.batch_size,
-            device=settings.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            device=resolve_device(settings.device),
             dtype=settings.dtype,
         )
         if checkpoint.temperature:

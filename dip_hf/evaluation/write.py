@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 from dip_hf.evaluation.picture import draw, draw_calibration
 from dip_hf.evaluation.report import Report, to_json, to_markdown
+
+
+def make_folder(folder: str | Path) -> Path:
+    """Make the folder of a report where it is missing.
+
+    Raises:
+        ValueError: it cannot be made, or nothing can be written into it.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"output_dir={str(folder)!r} cannot be written ({error}): name another folder") from error
+    return folder
 
 
 def write_report(report: Report, folder: str | Path) -> list[Path]:
@@ -13,8 +30,7 @@ def write_report(report: Report, folder: str | Path) -> list[Path]:
 
     With calibration also report_calibration.png.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(folder)
     paths = [folder / f"report.{suffix}" for suffix in ("json", "md", "png")]
     paths[0].write_text(to_json(report), encoding="utf-8")
     if report.calibration:

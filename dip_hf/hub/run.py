@@ -74,7 +74,7 @@ def read_run(folder: str | Path, base_model: str | None = None, datasets: list[s
         if not base:
             raise ValueError(f"base_model is missing: {folder / CONFIG_NAME} names none; give its name on the Hub")
         if base_model is None:
-            _check_public(str(base))
+            _check_public(str(base), folder)
     else:
         check_checkpoints([Checkpoint("folder", str(folder))], model=str(folder))
         kind, adapter = MODEL, {}
@@ -92,9 +92,13 @@ def read_run(folder: str | Path, base_model: str | None = None, datasets: list[s
     )
 
 
-def _check_public(base: str) -> None:
+def _check_public(base: str, folder: Path) -> None:
+    """Refuse a base that is a folder, seen from here or from any folder above the run, where training may have begun.
+
+    A relative path of two parts may look like a name on the Hub, and be a stranger's there.
+    """
     remedy = "give base_model, its name on the Hub, so that others can load the adapter"
-    if Path(base).exists():
+    if any((place / base).exists() for place in (Path(), *folder.resolve().parents)):
         raise ValueError(f"base_model={base!r}, which the adapter was trained on, is a local folder: {remedy}")
     try:
         check_repo_id("base_model", base)

@@ -78,6 +78,7 @@ def test_a_posteriors_distance_is_printed(
         (["--coded_sizes", "17"], "coded_sizes=.17.*always 0"),
         (["--limit", "0"], "limit=0"),
         (["--batch_size", "0"], "batch_size=0"),
+        (["--device", "nosuch"], "device='nosuch' cannot be used here"),
         (["--noise_scales", "0"], "noise_scales"),
         (["--fgsm_scales", "nan"], "fgsm_scales"),
         (["--typo_rates", "1.5"], "typo_rates"),

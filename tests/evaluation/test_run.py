@@ -7,8 +7,10 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -28,7 +30,7 @@ def settings_for(base: str, **changes: object) -> EvaluationSettings:
 
 
 def evaluate(settings: EvaluationSettings, checkpoints: list[Checkpoint]) -> list[CheckpointScores]:
-    return evaluate_checkpoints(settings, checkpoints, prepare_tasks(settings, checkpoints))
+    return list(evaluate_checkpoints(settings, checkpoints, prepare_tasks(settings, checkpoints)))
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +134,21 @@ def test_the_recipe_prints_the_table_and_writes_the_report(
     assert (tmp_path / "out" / "report.png").is_file()
 
 
+def test_what_is_finished_is_kept_when_a_later_checkpoint_fails(
+    recipe: ModuleType, base_folder: str, lora_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def one_and_no_more(settings: EvaluationSettings, checkpoints: list[Checkpoint], tasks: dict) -> Iterator[Any]:
+        yield from evaluate_checkpoints(settings, checkpoints[:1], tasks)
+        raise MemoryError
+
+    monkeypatch.setattr(recipe, "evaluate_checkpoints", one_and_no_more)
+    arguments = ["--tasks", "dip_unseen_products", "--limit", "2", "--checkpoints", "base", f"lora={lora_folder}"]
+    with pytest.raises(MemoryError):
+        recipe.main(["--model", base_folder, *arguments, "--output_dir", str(tmp_path), "--device", "cpu"])
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert [checkpoint["name"] for checkpoint in content["checkpoints"]] == ["base"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -151,6 +168,9 @@ def test_the_recipe_prints_the_table_and_writes_the_report(
         (["--checkpoints", "a", "a"], "'a' is given twice"),
         (["--include_path", "nowhere"], "include_path='nowhere' is no folder"),
         (["--families", "gcd"], "families: 'gcd' is no fine-tuning family"),
+        (["--device", "nosuch"], "device='nosuch' cannot be used here"),
+        (["--dtype", "bf16"], "dtype='bf16' must be one of auto, float32, bfloat16, float16"),
+        (["--output_dir", __file__], f"output_dir={__file__!r} cannot be written"),
         (["--chekpoints", "base"], "--chekpoints"),
     ],
 )

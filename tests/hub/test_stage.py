@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,22 @@ def test_a_file_that_is_no_report(run_folder: Path, tmp_path: Path) -> None:
     (run_folder / "report.json").write_text('{"checkpoints": []}')
     with pytest.raises(ValueError, match=r"is no report of recipes/evaluate\.py"):
         staged(run_folder, tmp_path / "work")
+
+
+def test_a_base_that_is_a_folder_is_seen_from_anywhere(
+    run_folder: Path, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative path of two parts would pass for somebody's repository."""
+    project = tmp_path / "project"
+    shutil.copytree(base_folder, project / "models" / "base")
+    shutil.copytree(run_folder, project / "runs" / "deep" / "lora")
+    config = project / "runs" / "deep" / "lora" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "models/base"}))
+    (tmp_path / "elsewhere").mkdir()
+    for place in (project, tmp_path / "elsewhere"):
+        monkeypatch.chdir(place)
+        with pytest.raises(ValueError, match=r"base_model='models/base'.* is a local folder: give base_model"):
+            push(PushSettings(folder=str(config.parent), repo_id="you/run", dry_run=True))
 
 
 def test_what_cannot_be_pushed(run_folder: Path, base_folder: Path, tmp_path: Path) -> None:

@@ -86,6 +86,8 @@ def cell_result(
         "sets": {name: {f"dip_{name}_number_sorting": task} for name in ("standard", "harder")},
         "robustness": {"none": {"exact_match": accuracy, "nll": 1.0}, "typos": {"exact_match": 0.0, "nll": 3.0}},
         "smoothness": {"relative_gradient_norm_mean": 1.5},
+        "reconstruction": {"10": {"error": 0.125, "floor": 0.01}, "16": {"error": 0.0625, "floor": 0.001}},
+        "posterior": {"start_spread": 2.0, "covariance_distance": 0.5},
         "environment": {"device": "cpu", "python": "3.11", "packages": {"torch": "2"}, "commit": "abc"},
         "seconds": seconds,
     }

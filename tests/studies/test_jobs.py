@@ -63,7 +63,8 @@ def test_a_study_from_its_trials_to_its_report(study: Study, tmp_path: Path) -> 
     assert len(task["correct"]) == 4 and unpack(task["nll"]).shape == unpack(task["confidence"]).shape == (4,)
     assert task["items"] == base["sets"]["harder"]["dip_harder_number_sorting"]["items"]
     assert set(lora["robustness"]) >= {"none", "typos", "fgsm_0.1", "noise_0.1"}
-    assert lora["smoothness"]["hessian_norm_mean"] > 0
+    assert lora["smoothness"]["hessian_norm_mean"] > 0 and "posterior" not in lora
+    assert all(own["error"] > 0 for size, own in lora["reconstruction"].items() if int(size) > 8)
 
     path = store.write_results(study, finished_cells(study, store))
     assert len(read_results(study, path).lines) == 3

@@ -79,6 +79,31 @@ def test_a_bad_file_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], 
             {"arms": {"lora": {}, "b": {"trials": [{"nois_scale": 0.3}]}}},
             "arms.b, size 8, trial 0: .*'nois_scale' is no field; did you mean 'noise_scale'",
         ),
+        (
+            {"arms": {"lora": {}, "b": {"num_trajectories": 4}}},
+            "arms.b, size 8, trial 0: num_trajectories has no effect with adapter='lora'",
+        ),
+        (
+            {"arms": {"lora": {}, "b": {"icp_epsilon": 0.1}}},
+            "arms.b, size 8, trial 0: icp_epsilon has no effect at icp_weight=0",
+        ),
+        (
+            {"arms": {"lora": {}, "b": {"rdrop_weight": 1.0, "adapter": "dipnet"}}},
+            "arms.b, size 8, trial 0: rdrop_weight=1.0 is a baseline",
+        ),
+        (
+            {"arms": {"lora": {}, "b": {"rdrop_weight": 1.0, "label_smoothing_factor": 0.1}}},
+            "trial 0: rdrop_weight=1.0 has a loss of its own, without label smoothing",
+        ),
+        (
+            {"arms": {"lora": {"trials": [{"lora_r": 2}, {"lora_r": 2}]}, "b": {}}},
+            "arms.lora: trials 0 and 1 are alike",
+        ),
+        ({"model": "recipes/base_modl"}, "model='recipes/base_modl' is no folder; did you mean 'base_model'"),
+        (
+            {"evaluation": {"items": {"standard": 4}, "device": "nosuch"}},
+            "device='nosuch' cannot be used here",
+        ),
         ({"arms": {"lora": {}, "b": {"sam_rho": -1.0}}}, "arms.b, size 8, trial 0: sam_rho=-1.0 must not be negative"),
         (
             {"arms": {"lora": {}, "b": {"sam_rho": 0.1, "rdrop_weight": 1.0}}},
@@ -109,6 +134,12 @@ def test_a_bad_file_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], 
 def test_an_arms_fields_are_the_recipes(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_fields(small_study(tmp_path, **changes))
+
+
+def test_results_need_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("")
+    with pytest.raises(ValueError, match=r"output_dir='.*out' is a file; name a folder"):
+        check_fields(small_study(tmp_path))
 
 
 def test_overrides_go_from_common_to_size_to_arm_to_trial(tmp_path: Path) -> None:

@@ -93,9 +93,13 @@ def test_brier_score_auroc_and_the_fitted_temperature(tmp_path: Path) -> None:
     comparison = compare(read_results(study, store.write_results(study, lines)), 8)
     assert comparison.settings["cool"] == {"temperature": 1.75} and comparison.settings["lora"] == {}
     assert comparison.discrimination["standard"] == {
-        "lora": {"brier": (0.25, 0.0), "auroc": (0.5, 0.0)},
-        "cool": {"brier": (0.0625, 0.0), "auroc": (1.0, 0.0)},
-        "sure": {"brier": (0.25, None)},  # nothing is right
+        "lora": {"confidence": (0.5, 0.0), "brier": (0.25, 0.0), "auroc": (0.5, 0.0)},
+        "cool": {
+            "confidence": pytest.approx((0.50625, 0.00884), rel=1e-3),  # one more of 40 is right with seed 1
+            "brier": (0.0625, 0.0),
+            "auroc": (1.0, 0.0),
+        },
+        "sure": {"confidence": (0.5, None), "brier": (0.25, None)},  # nothing is right
     }
 
 
@@ -133,10 +137,18 @@ def test_the_files_of_a_report(finished: tuple[Study, Store], tmp_path: Path) ->
     tried = "noise_scale 0.1: 10.0, 1.00; noise_scale 0.3: 90.0, 1.00"
     assert f"| good | noise_scale 0.3 | {tried} | 1.00 |" in text
     assert "![Differences to lora](results/study-8.png)" in text
+    assert "reference **lora**; 2 trials per arm, chosen with seeds 0. Scored on the test split." in text
     # A confidence of one half everywhere: Brier 1/4, AUROC 1/2
-    assert "**Calibration** on the trained families\n" in text and "| late | pending |  | pending |  |  |  |" in text
+    assert (
+        "**Calibration** on the trained families\n" in text and "| late | pending |  | pending |  |  |  |  |" in text
+    )
     line = next(line for line in text.splitlines() if line.startswith("| good |") and "0.250 ±" in line)
-    assert line.endswith("| 0.250 ± 0.000 | 0.500 ± 0.000 |") and line.split("|")[3].startswith(" -0.45")
+    assert line.endswith("| 50.0 ± 0.0 | 0.250 ± 0.000 | 0.500 ± 0.000 |") and line.split("|")[3].startswith(" -0.45")
+    for count, what in ((2, "teacher-forced exact match in %"), (1, "of the loss")):
+        assert f"{what} {'on' if count == 2 else 'of'} {count} items" in text
+    assert "| good | 1.500 ± 0.000 |" in text and "| arm | N = 10 | N = 16 |" in text
+    assert "| good | 12.50 ± 0.00 | 6.25 ± 0.00 |" in text
+    assert "| good | 2.000 ± 0.000 |  | 0.500 ± 0.000 |  |" in text
     content = json.loads((docs / "results" / "study.json").read_text())
     assert content["sizes"][0]["measures"]["standard accuracy"][2]["verdict"] == "better"
     # The copy of the cells gives the same report where the runs are not
@@ -144,6 +156,19 @@ def test_the_files_of_a_report(finished: tuple[Study, Store], tmp_path: Path) ->
     (store.results(study)).unlink()
     write_report([study], docs)
     assert before == {path: path.read_bytes() for path in before}
+
+
+def test_a_report_says_whose_settings_were_given(tmp_path: Path) -> None:
+    arms = {"base": {"untrained": True}, "lora": {"learning_rate": 1e-3}, "late": {"learning_rate": 1e-2}}
+    chosen = "2 trials per arm, chosen with seeds 0 (settings given for lora, late). Scored"
+    for folder, changed, reference, said in (
+        ("none", arms, "lora", "settings given, none chosen. Scored"),
+        ("some", {**arms, "good": ARMS["good"]}, "good", chosen),
+    ):
+        (tmp_path / folder).mkdir()
+        study = small_study(tmp_path / folder, arms=changed, reference=reference)
+        write_report([study], tmp_path / folder / "docs")
+        assert said in (tmp_path / folder / "docs" / "results.md").read_text()
 
 
 def test_cells_of_an_earlier_declaration_are_left_out(finished: tuple[Study, Store], tmp_path: Path) -> None:
@@ -166,13 +191,15 @@ def test_cells_scored_on_other_items_are_refused(finished: tuple[Study, Store]) 
         read_results(study, path)
 
 
-def test_the_training_time_ratio_is_paired_by_seed(tmp_path: Path) -> None:
-    study, store = small_study(tmp_path, arms=ARMS, seeds=[0, 1]), Store(tmp_path / "out")
+def test_the_training_time_ratio_is_paired_by_seed_and_a_median(tmp_path: Path) -> None:
+    study, store = small_study(tmp_path, arms=ARMS, seeds=[0, 1, 2]), Store(tmp_path / "out")
     finish_trials(study, store)
-    finish_cells(study, store, {"lora": 0.5, "good": 0.5})
+    finish_cells(study, store, {"lora": 0.5, "good": 0.5}, seeds=(0, 1, 2))
     lines = finished_cells(study, store)
     for line in lines:
-        line["training"] = {"seconds": (line["seed"] + 1) * (3.0 if line["arm"] == "good" else 2.0)}
+        if line["seed"] is not None:
+            line["training"] = {"seconds": (line["seed"] + 1) * (3.0 if line["arm"] == "good" else 2.0)}
+    lines[-1]["training"]["seconds"] *= 20  # something else had the machine
     results = read_results(study, store.write_results(study, lines))
     assert time_ratio(results, study.arm("good"), 8) == pytest.approx(1.5)
     assert time_ratio(results, study.arm("base"), 8) is None and time_ratio(results, study.arm("late"), 8) is None
