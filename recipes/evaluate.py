@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from trl import TrlParser
+from yaml import YAMLError
 
 from dip_hf.evaluation.checkpoints import Checkpoint
 from dip_hf.evaluation.report import make_report, to_text
@@ -119,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
         checkpoints = [Checkpoint.parse(text) for text in arguments.checkpoints]
         make_folder(arguments.output_dir)
         tasks = prepare_tasks(settings, checkpoints)
-    except ValueError as error:
+    except (ValueError, OSError, YAMLError) as error:
         sys.exit(f"recipes/evaluate.py: {error}")
     results = []
     for scores in evaluate_checkpoints(settings, checkpoints, tasks):

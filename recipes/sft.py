@@ -14,6 +14,7 @@ from pathlib import Path
 from peft.helpers import MontecloraTrainerMixin
 from transformers import AutoTokenizer
 from trl import get_quantization_config
+from yaml import YAMLError
 
 from dip_hf.recipe.arguments import AdapterArguments, DataArguments, make_parser
 from dip_hf.recipe.data import load_eval_dataset, load_train_dataset
@@ -77,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
         elif training.process_index == 0:
             for line in describe_run(data, training, adapter, ARCHITECTURES):
                 print(line)
-    except ValueError as error:
+    except (ValueError, OSError, YAMLError) as error:
         sys.exit(f"recipes/sft.py: {error}")
     if not data.dry_run:
         train(trainer, data)

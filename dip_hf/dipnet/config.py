@@ -107,6 +107,11 @@ class DIPNetConfig(LoraConfig):
             raise ValueError(
                 f"noise_scale={self.noise_scale} must be positive and finite; for no noise use peft.LoraConfig."
             )
+        twice = [name for name in self.block_names or () if (self.block_names or []).count(name) > 1]
+        if twice:
+            raise ValueError(
+                f"block_names={self.block_names} has {twice[0]!r} twice; name every block once, in order."
+            )
         for name in ("noise_blocks", "variational_blocks"):
             blocks = getattr(self, name)
             if isinstance(blocks, tuple | range):

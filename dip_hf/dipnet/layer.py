@@ -155,6 +155,8 @@ class NoiseSite(nn.Module, BaseTunerLayer):
         log_variance, std = leaf()
         if self.state.sampling:
             self.state.log_variances[self.layer] = (log_variance, leaf.rms)
+        # Of a model that is split over devices, the block's input may still lie on the device of the block before it
+        std = std.to(hidden_states.device)
         return add_noise(hidden_states, std, self.state.key, self.layer, self.state.trajectories)
 
     @torch.compiler.disable
@@ -163,9 +165,9 @@ class NoiseSite(nn.Module, BaseTunerLayer):
         if not leaf.rms.item() > 0:
             mask = self.state.attention_mask
             if mask is not None and mask.dim() == 2:
-                mask = repeat_rows(mask.bool(), self.state.trajectories)
+                mask = repeat_rows(mask.bool(), self.state.trajectories).to(hidden_states.device)
                 hidden_states = hidden_states[mask] if mask.shape == hidden_states.shape[:2] else hidden_states
-            mean_square = token_rms(hidden_states).square().reshape(1)
+            mean_square = token_rms(hidden_states).square().reshape(1).to(leaf.rms.device)
             if dist.is_initialized():
                 dist.all_reduce(mean_square)
                 mean_square /= dist.get_world_size()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,10 @@ from dip_hf.noise_state import NoiseState
 _CUMULATIVE_LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k")
 
 
+# Arguments of a block with a row for each head, or each head of each example: they cannot be repeated by rows.
+_BY_HEAD = ("alibi", "position_bias")
+
+
 def repeat_rows(tensor: Tensor, trajectories: int) -> Tensor:
     """Repeat along dimension 0, trajectory-major: (batch, ...) to (m · batch, ...), row j · batch + b is row b."""
     return tensor.repeat(trajectories, *[1] * (tensor.dim() - 1))
@@ -29,6 +33,38 @@ def _fold_argument(value: Any, batch: int, trajectories: int) -> Any:
     if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == batch > 1:
         return repeat_rows(value, trajectories)
     return value
+
+
+def _fold_named(name: str, value: Any, batch: int, trajectories: int) -> Any:
+    """`_fold_argument` for an argument of that name."""
+    if name in _CUMULATIVE_LENGTHS and value is not None:
+        return _fold_cumulative_lengths(value, trajectories)
+    if name == "attention_mask" and isinstance(value, Tensor) and value.shape[0] == batch == 1:
+        return repeat_rows(value, trajectories)  # told by its name, since every broadcast tensor has one row
+    return _fold_argument(value, batch, trajectories)
+
+
+def _check_foldable(hidden_states: Tensor, kwargs: dict[str, Any], trajectories: int) -> None:
+    """
+    Raises:
+        ValueError: the block takes something that has no rows to repeat.
+    """
+    by_head = [name for name in _BY_HEAD if kwargs.get(name) is not None]
+    shared = [name for name, value in kwargs.items() if isinstance(value, Mapping) and value]
+    remedy = "set num_trajectories (or num_samples) to 1"
+    if hidden_states.dim() > 3:
+        reason = f"hidden states of shape {tuple(hidden_states.shape)}"
+    elif by_head:
+        reason = f"{by_head[0]}, with rows for each head"
+    elif shared:
+        reason = f"{shared[0]}, which the blocks below have filled"
+        remedy += ", or begin at the first block (noise_blocks='all')"
+    else:
+        return
+    raise ValueError(
+        f"num_trajectories={trajectories}: the batch cannot be repeated in front of a block that takes {reason}; "
+        f"{remedy}."
+    )
 
 
 def _fold_cumulative_lengths(lengths: Tensor, trajectories: int) -> Tensor:
@@ -55,15 +91,11 @@ def fold_trajectories(blocks: Sequence[nn.Module], trajectories: int, state: Noi
         is_first = block is blocks[0]
         batch = hidden_states.shape[0] // (1 if is_first else trajectories)
         if is_first:
+            _check_foldable(hidden_states, kwargs, trajectories)
             hidden_states = repeat_rows(hidden_states, trajectories)
             state.tokens = hidden_states.shape[:-1].numel()
         rest = [_fold_argument(value, batch, trajectories) for value in rest]
-        kwargs = {
-            name: _fold_cumulative_lengths(value, trajectories)
-            if name in _CUMULATIVE_LENGTHS and value is not None
-            else _fold_argument(value, batch, trajectories)
-            for name, value in kwargs.items()
-        }
+        kwargs = {name: _fold_named(name, value, batch, trajectories) for name, value in kwargs.items()}
         return (hidden_states, *rest), kwargs
 
     handles = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,6 +131,11 @@ class SequencePass(CodedPass):
                     "dres_placement='token'."
                 )
             return None  # the main branch has filled it
+        if isinstance(value, Mapping) and value:
+            raise ValueError(
+                f"dres_placement='sequence': the blocks hand {name!r} on to one another beside their hidden states; "
+                "use dres_placement='token'."
+            )
         if isinstance(value, tuple):
             return tuple(self._code(name, item, rows, order) for item in value)
         if not isinstance(value, Tensor) or value.dim() < 2 or value.shape[0] == 1:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,11 @@ from dip_hf.icp.functional import (
 from dip_hf.icp.options import ICPOptions
 from dip_hf.noise import NoiseKey
 from dip_hf.second_pass import Surroundings, block_output, fit_mask
+
+
+_LOSS_SCALE = 2.0**12
+"""Times which the loss is differentiated: the gradient of a mean over thousands of tokens is lost in fp16. A power of
+two changes nothing in wider types, since a step does not depend on the gradient's scale (this project's choice)."""
 
 
 class FeatureLoss(NamedTuple):
@@ -153,7 +159,7 @@ class ICPBranch:
             tokens = tokens & compared_tokens(inputs)  # not in place: it may be the caller's mask
         clean, mask = record.site.detach(), fit_mask(tokens, record.site, in_front=False)
         sign = -1 if options.direction == "ascent" else 1
-        (gradient,) = torch.autograd.grad(task_loss, record.site, retain_graph=True)
+        (gradient,) = torch.autograd.grad(_LOSS_SCALE * task_loss, record.site, retain_graph=True)
         step, state = perturbation_step(gradient, clean, mask, options.epsilon, options.update)
         shift = sign * step
         for _ in range(1, options.steps):
@@ -161,7 +167,7 @@ class ICPBranch:
             site = (clean + shift).to(clean.dtype).requires_grad_()
             with removed_on_exit() as remove_later, record.start.restored_generators(), torch.enable_grad():
                 remove_later(self._hook_site(_put_once(site)))
-                (gradient,) = torch.autograd.grad(clean_loss(), site)
+                (gradient,) = torch.autograd.grad(_LOSS_SCALE * clean_loss(), site)
             step, state = perturbation_step(gradient, clean, mask, options.epsilon, options.update, state)
             shift = shift + sign * step
         if options.direction == "random":
@@ -185,8 +191,15 @@ class ICPBranch:
         with keep_outputs(self._compared(), features, with_grad=False), record.rerun.restored():
             if self.options.start_block > 0:
                 states = perturbed
+                # What blocks hand on to one another beside the hidden states, such as keys and values that several
+                # share: a copy for this pass, since the backward pass may recompute blocks with the first pass's
+                shared: dict[int, MutableMapping[Any, Any]] = {}
                 for index, call in record.calls.items():
                     args, kwargs = with_hidden_states(call, states)
+                    kwargs = {
+                        name: shared.setdefault(id(value), copy(value)) if isinstance(value, MutableMapping) else value
+                        for name, value in kwargs.items()
+                    }
                     states = block_output(self.blocks[index](*args, **kwargs))
             else:
                 assert record.backbone is not None  # the backbone embeds

@@ -25,7 +25,7 @@ from dip_hf.recipe.arguments import AdapterArguments, DataArguments
 from dip_hf.recipe.data import is_local, load_train_dataset
 from dip_hf.recipe.gsm8k import TRAIN_ROWS as GSM8K_TRAIN_ROWS
 from dip_hf.trainer import DIPSFTConfig, optimizer_groups
-from dip_hf.trainer.checks import check_posterior
+from dip_hf.trainer.checks import check_one_loss_pass, check_posterior
 
 
 _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
@@ -64,6 +64,8 @@ def describe_run(
             "the base's weight alone: take it out"
         )
     check_posterior(tuned, training)
+    if isinstance(peft_config, DIPNetConfig) or training.dres_weight > 0 or training.icp_weight > 0:
+        check_one_loss_pass(training, has_loss_function=False)
     yield from _describe_adapter(tuned, training, adapter)
     yield from _describe_second_passes(model, training)
 

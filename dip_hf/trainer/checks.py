@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from itertools import accumulate
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import is_flash_attention_requested
@@ -31,22 +31,34 @@ _LOGIT_CHANGES = (
 _ADAM_FIELDS = ("adam_beta1", "adam_beta2", "adam_epsilon")
 
 
-def check_dataset(name: str, dataset: object, assistant_only: bool) -> None:
+def check_dataset(name: str, dataset: object, assistant_only: bool, completion_only: bool | None) -> None:
     """
     Args:
         name: the trainer's argument that holds it.
-        dataset: map-style datasets are checked; an iterable one cannot be without being consumed.
+        dataset: map-style datasets are checked; of an iterable one only that it has a row, since it cannot be read
+            without being consumed.
         assistant_only: whether the assistant's messages alone are trained.
+        completion_only: whether completions alone are trained; None: where there are some.
 
     Raises:
         ValueError: the dataset is empty, or a pre-tokenised row or a conversation trains no token.
     """
+    if isinstance(dataset, IterableDataset) and next(iter(dataset), None) is None:
+        raise ValueError(f"{name} is empty; give at least one example.")
     if not isinstance(dataset, Dataset):
         return
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty; give at least one example.")
-    for column, ignored in (("labels", -100), ("completion_mask", 0), ("assistant_masks", 0)):
+    columns = {"labels": -100, "completion_mask": 0, "assistant_masks": 0}
+    if completion_only is False:
+        del columns["completion_mask"]
+    for column, ignored in columns.items():
         if column in dataset.column_names:
+            if not isinstance(dataset.with_format(None)[0][column], list):
+                raise ValueError(
+                    f"{name}: the column {column!r} must hold a list with an entry for each token, got "
+                    f"{dataset.with_format(None)[0][column]!r} in row 0; rename or remove it."
+                )
             for index, row in enumerate(dataset.with_format(None)[column]):
                 if all(value == ignored for value in row[1:]):  # nothing predicts the first token
                     raise ValueError(
@@ -79,6 +91,7 @@ def check_nothing_dropped(trainer: SFTTrainer, train_dataset: object) -> None:
             all(label == -100 for label in labels[end - length + 1 : end])
             for labels, lengths in zip(rows["labels"], rows["seq_lengths"], strict=True)
             for length, end in zip(lengths, accumulate(lengths), strict=True)
+            if length > 1  # a lone token, such as an empty text's, has nothing to predict; it is not cut
         )
     else:
         return
@@ -86,6 +99,18 @@ def check_nothing_dropped(trainer: SFTTrainer, train_dataset: object) -> None:
         raise ValueError(
             f"max_length={trainer.args.max_length} cuts every label off {dropped} of {len(train_dataset)} rows of "
             "train_dataset; raise max_length or drop those rows."
+        )
+
+
+def check_trainable(model: nn.Module) -> None:
+    """
+    Raises:
+        ValueError: an adapter without a parameter that learns.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "the adapter leaves nothing to train (learn_noise=False without target_modules, or loaded for inference); "
+            "name target_modules, learn the noise, or load with is_trainable=True."
         )
 
 
@@ -230,15 +255,16 @@ def check_second_pass(trainer: SFTTrainer) -> None:
             )
 
 
-def check_one_loss_pass(trainer: SFTTrainer, has_loss_function: bool) -> None:
+def check_one_loss_pass(args: DIPSFTConfig, has_loss_function: bool) -> None:
     """
     Args:
+        args: of a trainer with a regulariser that is on.
         has_loss_function: whether the trainer was given a `compute_loss_func`.
 
     Raises:
         ValueError: a loss for which TRL runs a second pass, whose hidden states would be taken for the first's.
     """
-    if has_loss_function or trainer.args.label_smoothing_factor > 0:
+    if has_loss_function or args.label_smoothing_factor > 0:
         name = "compute_loss_func" if has_loss_function else "label_smoothing_factor"
         raise ValueError(
             f"{name} makes TRL run a second forward pass, which the regularisers cannot tell from the first; leave it "

@@ -23,7 +23,9 @@ class HybridOptimizer(Optimizer):
         for index, part in enumerate(self.parts):
             for group in part.param_groups:
                 group["part"] = index
-        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        # Schedules with a least rate read it from the defaults
+        rate = {"lr": self.parts[0].defaults["lr"]}
+        super().__init__([group for part in self.parts for group in part.param_groups], rate)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from dip_hf.dipnet.export import NOISE_PREFIX
 from dip_hf.dipnet.functional import head_gram, output_variance, variance_penalty
+from dip_hf.dipnet.layer import random_layers
 from dip_hf.dipnet.model import DIPNetModel
 from dip_hf.dipnet.trajectories import repeat_rows
 from dip_hf.noise import NoiseKey
@@ -47,6 +48,11 @@ class DIPNetObjective:
         if not head.requires_grad:
             self._gram = gram
         return gram
+
+    def is_random(self) -> bool:
+        """Whether a plain pass draws noise or samples now: in evaluation those of adapters with `noise_in_eval`."""
+        kept = [self.model.peft_config[name].noise_in_eval for name in self.tuner.active_adapters]
+        return (self.model.training or any(kept)) and next(random_layers(self.tuner.model), None) is not None
 
     def restore_precision(self, given: dict[str, Tensor]) -> None:
         """Make our parameters fp32 again: `SFTTrainer` casts the adapter of a quantised model to bf16.
@@ -135,8 +141,9 @@ class DIPNetPass:
             labels: of the unfolded batch, shape (batch, length), -100 where ignored.
         """
         assert self.hidden_states is not None and self.head is not None  # set by the forward pass
-        gram = self.gram(self.head)
-        total = output_variance(self.hidden_states[:, :-1], gram, labels[:, 1:] != -100, self.args.num_trajectories)
+        states = self.hidden_states[:, :-1]  # of a model that is split over devices, elsewhere than head and labels
+        gram, valid = self.gram(self.head).to(states.device), (labels[:, 1:] != -100).to(states.device)
+        total = output_variance(states, gram, valid, self.args.num_trajectories)
         return token_mean(
             "dipnet/stability", total, self.args.stability_weight, num_items, num_processes, accumulation_steps
         )

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 
 from dip_hf.dipnet.model import DIPNetModel
 from dip_hf.dres import DReSBranch
@@ -25,6 +26,7 @@ from dip_hf.trainer.checks import (
     check_one_loss_pass,
     check_posterior,
     check_second_pass,
+    check_trainable,
     warn_of_no_effect,
 )
 from dip_hf.trainer.config import DIPSFTConfig
@@ -69,21 +71,24 @@ class DIPSFTTrainer(PublishingTrainer):
             # to_dict hides whatever is called a token, the tokenizer's own too
             tokens = {field.name: getattr(args, field.name) for field in fields(args) if field.name.endswith("_token")}
             args = DIPSFTConfig(**{**args.to_dict(), **tokens})
-        check_dataset("train_dataset", train_dataset, args.assistant_only_loss)
+        only = (args.assistant_only_loss, args.completion_only_loss)
+        check_dataset("train_dataset", train_dataset, *only)
         eval_dataset = kwargs.get("eval_dataset")
         for name, dataset in eval_dataset.items() if isinstance(eval_dataset, dict) else [("", eval_dataset)]:
-            check_dataset(f"eval_dataset {name}".strip(), dataset, args.assistant_only_loss)
+            check_dataset(f"eval_dataset {name}".strip(), dataset, *only)
         known = own_parameters(model) if isinstance(model, PeftModel) else {}
         given = {name: parameter.detach().clone() for name, parameter in known.items()}
         super().__init__(model, args=args, train_dataset=train_dataset, **kwargs)
         check_nothing_dropped(self, train_dataset)
         self.add_callback(FiniteGradients)
-        self._micro_step = (-1, -1)  # (global step, index of its micro-batch)
+        # Global step and index of its last micro-batch; evaluation counts apart, so that training does not notice it
+        self._micro_steps = {True: (-1, -1), False: (-1, -1)}
         self.dipnet: DIPNetObjective | None = None
         self.dres: DReSBranch | None = None
         self.icp: ICPBranch | None = None
         block_names: list[str] | None = None
         if isinstance(self.model, PeftModel) and isinstance(self.model.base_model, DIPNetModel):
+            check_trainable(self.model)
             check_noise_setup(self, args)
             check_posterior(self.model, args)
             self.dipnet = DIPNetObjective(self.model, args)
@@ -100,7 +105,7 @@ class DIPSFTTrainer(PublishingTrainer):
         if self.dres is not None or self.icp is not None:
             check_second_pass(self)
         if self.dipnet is not None or self.dres is not None or self.icp is not None:
-            check_one_loss_pass(self, kwargs.get("compute_loss_func") is not None)
+            check_one_loss_pass(args, kwargs.get("compute_loss_func") is not None)
 
     def compute_loss(
         self,
@@ -112,7 +117,10 @@ class DIPSFTTrainer(PublishingTrainer):
         """The task loss, plus every regulariser that is on; in evaluation the task loss alone."""
         regularised = self.dipnet is not None or self.dres is not None or self.icp is not None
         if not self.model.training or not regularised:
-            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            with ExitStack() as sampling:
+                if self.dipnet is not None and self.dipnet.is_random():
+                    sampling.enter_context(self.dipnet.tuner.sampling(self._noise_key()))
+                result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             loss = result[0] if return_outputs else result
             if self.model.training:
                 batch_mean("task", loss, 1.0, 1).check_finite(self.state.global_step)
@@ -203,9 +211,16 @@ class DIPSFTTrainer(PublishingTrainer):
 
     def _noise_key(self) -> NoiseKey:
         """The key of this micro-batch: a function of where training stands, so that a resumed run finds it again."""
-        step, index = self._micro_step
-        self._micro_step = (step, index + 1) if step == self.state.global_step else (self.state.global_step, 0)
-        return NoiseKey(self.args.seed, *self._micro_step, self.args.process_index)
+        here, training = self.state.global_step, self.model.training
+        step, index = self._micro_steps[training]
+        index = index + 1 if step == here else 0
+        self._micro_steps[training] = (here, index)
+        return NoiseKey(self.args.seed, here, index if training else -1 - index, self.args.process_index)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """As Trainer's; noise that an adapter keeps in evaluation is a function of the step and the batch's number."""
+        self._micro_steps[False] = (-1, -1)
+        return super().evaluation_loop(*args, **kwargs)
 
     def _log_terms(self, terms: list[Term], values: dict[str, float]) -> None:
         """Check every term, then note it raw and weighted, and further values as they are, for the next log line."""

@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from peft import PeftModel
 from torch import Tensor, nn
 
 from dip_hf import NoiseKey
-from dip_hf.dipnet.trajectories import repeat_rows
+from dip_hf.dipnet.trajectories import fold_trajectories, repeat_rows
 from dip_hf.noise import derive_seed, gaussian
-from tests.dipnet.models import FAMILIES, adapt, batch, build
+from dip_hf.noise_state import NoiseState
+from tests.dipnet.models import FAMILIES, VOCABULARY, adapt, batch, build
 
 
 KEY = NoiseKey(5, step=2)
@@ -89,6 +91,41 @@ def test_any_choice_of_blocks(noise_blocks: Any) -> None:
 @pytest.mark.parametrize(("family", "attention"), [("llama", "sdpa"), ("gemma3", "eager"), ("gpt2", "sdpa")])
 def test_one_row(family: str, attention: str) -> None:
     assert_folds(adapt(build(family, _attn_implementation=attention), noise_blocks=2), batch(rows=1))
+
+
+def test_a_padded_row() -> None:
+    """Flash attention takes a mask of two dimensions, one row of it for each row of the batch."""
+    seen: list[Tensor] = []
+
+    class Block(nn.Module):
+        def forward(self, hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
+            seen.append(attention_mask)
+            return hidden_states
+
+    block, mask = Block(), torch.tensor([[1, 1, 0]])
+    with fold_trajectories([block], 2, NoiseState()):
+        block(torch.zeros(1, 3, 4), attention_mask=mask)
+    assert torch.equal(seen[0], mask.repeat(2, 1))
+
+
+def test_what_has_no_rows_to_repeat_is_refused() -> None:
+    gemma = tf.Gemma4TextConfig(
+        **{"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4},
+        **{"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "global_head_dim": 8},
+        **{"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 2},
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )
+    bloom = tf.BloomConfig(vocab_size=VOCABULARY, hidden_size=16, n_layer=2, n_head=2)
+    for model, reason in (
+        (tf.Gemma4ForCausalLM(gemma), "shared_kv_states, which the blocks below have filled; .*noise_blocks='all'"),
+        (tf.BloomForCausalLM(bloom), "alibi, with rows for each head; set num_trajectories"),
+    ):
+        adapted = adapt(model, target_modules=[], noise_blocks=1)
+        with (
+            pytest.raises(ValueError, match=f"num_trajectories=2: .* a block that takes {reason}"),
+            adapted.base_model.sampling(KEY, 2),
+        ):
+            adapted(**batch())
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "opt"])

@@ -13,13 +13,14 @@ from peft import PrefixTuningConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
+from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 from dip_hf.dipnet import DIPNetConfig
 from dip_hf.dipnet.trajectories import repeat_rows
 from dip_hf.icp import ICPBranch, ICPOptions
 from dip_hf.icp.functional import compared_tokens
 from dip_hf.noise import NoiseKey
-from tests.icp.support import DEPTH, HIDDEN, icp, padded_batch, task_loss, tiny_llama, with_lora
+from tests.icp.support import DEPTH, HIDDEN, VOCABULARY, icp, padded_batch, task_loss, tiny_llama, with_lora
 
 
 @pytest.mark.parametrize("dipnet", [False, True])
@@ -90,6 +91,28 @@ def test_checkpointing_changes_nothing() -> None:
         (task + term.total).backward()
         totals.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
     assert torch.allclose(*totals, rtol=1e-4, atol=1e-7)
+
+
+def test_keys_that_blocks_share_stay_the_clean_passs_under_checkpointing() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
+    config = Gemma4TextConfig(
+        **sizes,
+        **{"num_key_value_heads": 1, "head_dim": 8, "global_head_dim": 8, "vocab_size": VOCABULARY},
+        **{"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 2},
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        initializer_range=0.3,
+        use_cache=False,
+    )
+    totals = []
+    for checkpointing in (False, True):
+        torch.manual_seed(3)
+        model = with_lora(Gemma4ForCausalLM(config).double().train())
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        _, term, task = icp(model, padded_batch(), start_block=1, epsilon=0.3)
+        (task + term.total).backward()
+        totals.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+    assert torch.allclose(*totals, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("start_block", [0, 2])

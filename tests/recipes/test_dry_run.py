@@ -111,8 +111,9 @@ def test_a_model_of_unknown_shape_is_named(no_network: None) -> None:
             ["--dres_weight", "1", "--activation_checkpointing_kwargs", '{"use_reentrant": true}'],
             "use_reentrant': True} does not work with dres_weight",
         ),
+        (["--label_smoothing_factor", "0.1"], "label_smoothing_factor makes TRL run a second forward pass"),
     ],
-    ids=["depth", "pattern", "head", "posterior", "reentrant"],
+    ids=["depth", "pattern", "head", "posterior", "reentrant", "smoothing"],
 )
 def test_what_a_real_run_refuses_is_refused(argv: list[str], message: str, no_network: None) -> None:
     """And by the script in one line."""
@@ -168,6 +169,15 @@ def test_the_script_names_a_typo_without_a_traceback(tmp_path: Path, monkeypatch
     monkeypatch.setattr(sys, "argv", ["sft.py", "--config", str(config)])
     with pytest.raises(SystemExit, match=r"recipes/sft.py: the config file's key 'lora_rr' is no field.*'lora_r'"):
         runpy.run_path(str(ROOT / "recipes" / "sft.py"), run_name="__main__")
+
+
+@pytest.mark.parametrize(("content", "message"), [(None, "No such file"), ("lora_r: [", "while parsing")])
+def test_a_config_file_that_cannot_be_read_takes_one_line(content: str | None, message: str, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    if content is not None:
+        config.write_text(content)
+    with pytest.raises(SystemExit, match=rf"^recipes/sft\.py: .*{message}"):
+        load_sft().main(["--config", str(config)])
 
 
 def test_every_regulariser_at_once(no_network: None) -> None:

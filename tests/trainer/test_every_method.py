@@ -22,7 +22,7 @@ from dip_hf.dipnet.export import NOISE_PREFIX
 from dip_hf.dipnet.layer import LOG_VARIANCE
 from dip_hf.ibvi.layer import COVARIANCE
 from tests.trainer.methods import METHODS, Method
-from tests.trainer.tiny import assert_close, base_model, gradients, losses, make_trainer, tokenised
+from tests.trainer.tiny import ADAPTER, assert_close, base_model, gradients, losses, make_trainer, tokenised
 
 
 every_method = pytest.mark.parametrize("name", METHODS)
@@ -231,6 +231,28 @@ def test_evaluation(name: str, tmp_path: Path) -> None:
     assert evaluated.evaluate()["eval_loss"] == loss == evaluated.state.log_history[-1]["eval_loss"]
     terms = ("eval_dipnet", "eval_dres", "eval_icp")
     assert not any(key.startswith(terms) for entry in evaluated.state.log_history for key in entry)
+
+
+@pytest.mark.parametrize("options", [{}, {"noise_blocks": [], "variational_rank": 2, "variational_blocks": "all"}])
+def test_noise_in_evaluation(options: dict[str, Any], tmp_path: Path) -> None:
+    """Where an adapter keeps it: the same in every evaluation of a step, and in a run that was resumed."""
+    adapter = DIPNetConfig(**ADAPTER, noise_in_eval=True, **options)
+    steps = {"max_steps": 3, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+
+    def run(folder: str, **more: Any) -> Any:
+        trainer = make_trainer(tmp_path / folder, adapter, {**steps, **more}, eval_dataset=tokenised(4))
+        trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2") if folder == "rest" else None)
+        return trainer
+
+    def evaluations(trainer: Any) -> list[float]:
+        return [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+
+    whole = run("whole")
+    assert evaluations(run("rest")) == evaluations(whole)
+    assert losses(run("alone", eval_strategy="no")) == losses(whole)
+    assert whole.evaluate()["eval_loss"] == whole.evaluate()["eval_loss"] == evaluations(whole)[2]
+    whole.state.global_step += 1
+    assert whole.evaluate()["eval_loss"] != evaluations(whole)[2]
 
 
 @every_method

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import SGD, AdamW
+from transformers import get_scheduler
 
 from dip_hf.trainer.hybrid import HybridOptimizer
 
@@ -44,6 +45,17 @@ def test_it_is_both_side_by_side_under_one_schedule() -> None:
     train(together, [one, schedules[2]], range(10))
     assert all(map(torch.equal, apart, together))
     assert [group["lr"] for group in one.param_groups] == [group["lr"] for each in two for group in each.param_groups]
+
+
+def test_schedules_that_end_at_a_rate_of_their_own() -> None:
+    for name, options in (("polynomial", {}), ("cosine_with_min_lr", {"min_lr": 1e-3})):
+        one = HybridOptimizer(parts(parameters()))
+        schedule = get_scheduler(
+            name, one, num_warmup_steps=0, num_training_steps=2, scheduler_specific_kwargs=options
+        )
+        one.step()
+        schedule.step()
+        assert 0 < one.param_groups[0]["lr"] < 0.1
 
 
 def test_a_state_dict_goes_on_bit_for_bit() -> None:

@@ -47,6 +47,10 @@ REENTRANT = {"activation_checkpointing": True, "activation_checkpointing_kwargs"
         ({**DRES, **REENTRANT}, "use_reentrant': True} does not work with dres_weight or icp_weight.*to False"),
         ({**ICP, **REENTRANT}, "use_reentrant': True} does not work with dres_weight or icp_weight.*to False"),
         ({**ICP, "activation_offloading": True}, "activation_offloading=True does not work with icp_weight"),
+        (
+            {**ICP, "torch_compile": True},
+            "torch_compile=True does not work with icp_weight.*; set torch_compile",
+        ),
         ({**ICP, "icp_steps": 2, "loss_type": "dft"}, "icp_steps=2 descends on loss_type='nll', but .*'dft'; set"),
     ],
     ids=lambda x: "-".join(f"{name}={value}" for name, value in x.items()) if isinstance(x, dict) else "",

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from dip_hf import DIPNetConfig, DIPSFTConfig
 from dip_hf.trainer.checks import check_boundaries, check_noise_setup
-from tests.trainer.tiny import ADAPTER, make_trainer, tokenised
+from tests.trainer.tiny import ADAPTER, losses, make_trainer, tokenised
 
 
 @pytest.mark.parametrize(
@@ -67,6 +68,31 @@ def test_empty_text_data(tmp_path: Path) -> None:
         make_trainer(tmp_path, None, data=Dataset.from_dict({"prompt": [], "completion": []}))
 
 
+def test_empty_stream(tmp_path: Path) -> None:
+    def nothing() -> Iterator[dict[str, list[int]]]:
+        yield from ()
+
+    with pytest.raises(ValueError, match="train_dataset is empty; give at least one example"):
+        make_trainer(tmp_path, None, data=IterableDataset.from_generator(nothing))
+
+
+def test_a_column_that_is_taken_for_labels(tmp_path: Path) -> None:
+    rows = Dataset.from_dict({"text": ["abc", "def"], "labels": [0, 1]})
+    with pytest.raises(ValueError, match=r"train_dataset: the column 'labels' must hold a list .* got 0 in row 0"):
+        make_trainer(tmp_path, None, data=rows)
+
+
+def test_a_mask_that_is_not_used(tmp_path: Path) -> None:
+    rows = Dataset.from_list([{"input_ids": [3, 4, 5], "completion_mask": [0, 0, 0]}])
+    make_trainer(tmp_path, None, {"completion_only_loss": False}, data=rows)
+
+
+def test_nothing_to_train(tmp_path: Path) -> None:
+    adapter = DIPNetConfig(**{**ADAPTER, "target_modules": []}, learn_noise=False)
+    with pytest.raises(ValueError, match=r"nothing to train \(learn_noise=False without target_modules.*learn"):
+        make_trainer(tmp_path, adapter)
+
+
 def test_conversation_without_the_assistant(tmp_path: Path) -> None:
     """TRL's own error names no row and blames the chat template."""
     chats = [[("user", "1+1"), ("assistant", "2")], [("user", "hello")]]
@@ -104,6 +130,13 @@ def test_labels_cut_off_before_packing(tmp_path: Path) -> None:
     make_trainer(tmp_path, None, {**options, "packing_strategy": "bfd_split"}, data=Dataset.from_list(rows))
 
 
+def test_empty_texts_are_not_cut_off(tmp_path: Path) -> None:
+    rows = Dataset.from_dict({"text": ["", "abc"] * 4})
+    trainer = make_trainer(tmp_path, None, {"packing": True, "max_length": 16}, data=rows)
+    trainer.train()
+    assert losses(trainer)[0] > 0
+
+
 def test_adapter_on_head(tmp_path: Path) -> None:
     """TRL's own error: its fused head would never train the adapter."""
     with pytest.raises(ValueError, match=r"`lm_head` is not supported.*Remove `'lm_head'` from your `target_modules`"):
@@ -116,6 +149,10 @@ def test_adapter_on_head(tmp_path: Path) -> None:
         ({"noise_blocks": 4}, "noise_blocks=4: the model has 3 blocks; give a number from 1 to 3"),
         ({"noise_blocks": [3]}, r"noise_blocks=\[3\]: the model has 3 blocks"),
         ({"noise_blocks": "decoder.*"}, "noise_blocks='decoder.*' matches no block; the blocks are"),
+        (
+            {"block_names": ["model.layers.0", "model.layers.0"]},
+            r"block_names=.* has 'model.layers.0' twice; name every",
+        ),
         ({"block_names": ["model.blocks.0"]}, r"block_names: \['model.blocks.0'\] are no modules.*correct the names"),
     ],
 )
