@@ -123,14 +123,14 @@ def _check(study: Study) -> None:
     names = [arm.name for arm in study.arms]
     if study.reference not in names or study.arm(study.reference).untrained:
         raise ValueError(f"reference={study.reference!r} is no trained arm{close_to(str(study.reference), names)}")
-    budget = len(study.arm(study.reference).trials)
+    budget = max(len(arm.trials) for arm in study.arms)
     for arm in study.arms:
         if arm.untrained and (arm.overrides or arm.trials != ({},)):
             raise ValueError(f"arms.{arm.name}: untrained leaves nothing to override; remove {sorted(arm.overrides)}")
         if len(arm.trials) not in (1, budget):
             raise ValueError(
-                f"arms.{arm.name}.trials has {len(arm.trials)} settings and the reference's has {budget}: give every "
-                "arm the same number of trials, or one"
+                f"arms.{arm.name}.trials has {len(arm.trials)} settings and another arm's has {budget}: give "
+                "every arm the same number of trials, or one"
             )
         if not arm.epochs_factor > 0:
             raise ValueError(f"arms.{arm.name}.epochs_factor={arm.epochs_factor} must be positive")

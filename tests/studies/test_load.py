@@ -44,7 +44,10 @@ ROOT = Path(__file__).parents[2]
         ({"sizes": [8]}, r"sizes=\[8\] must map"),
         ({"common": {"seed": 3}}, "common: the study itself sets 'seed'"),
         ({"arms": {"lora": {}}}, "arms must map at least two names"),
-        ({"arms": {"lora": {}, "b": {"trials": [{}, {}]}}}, "arms.b.trials has 2 settings and the reference's has 1"),
+        (
+            {"arms": {"lora": {"trials": [{}, {}]}, "b": {"trials": [{}, {}, {}]}}},
+            "arms.lora.trials has 2 settings and another arm's has 3",
+        ),
         ({"arms": {"lora": {}, "b": {"trials": {}}}}, "arms.b.trials={} must be a list of mappings"),
         (
             {"arms": {"lora": {}, "b": {"untrained": True, "lora_r": 2}}},
