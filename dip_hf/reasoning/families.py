@@ -81,7 +81,8 @@ _MIRRORS_ALONE = {
 FINETUNING: tuple[Family, ...] = (
     # Harder: half of the lists have the 4 words that are the longest in training, half have 5.
     Family("word_sequence_reversal", {"min_words": 2, "max_words": 4}, {"min_words": 4, "max_words": 5}),
-    # The four mirrors, of shapes 2 x 2 to 3 x 3. Harder: five of nine shapes have a side of 4.
+    # The four mirrors, of shapes 2 x 2 to 3 x 3. Harder: five of nine shapes have a side of 4; the other
+    # items, two fifths, are those of the standard level at the same places.
     Family(
         "manipulate_matrix",
         {**_MIRRORS_ALONE, "min_rows": 2, "max_rows": 3, "min_cols": 2, "max_cols": 3, "max_transforms": 1},
