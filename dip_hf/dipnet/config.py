@@ -43,8 +43,8 @@ class DIPNetConfig(LoraConfig):
             cost less when several trajectories are trained: they share the computation below the first noised block.
             `[]` or 0 for none, with `variational_rank` > 0 only.
         noise_scale: initial standard deviation, as a multiple of the RMS of the block's input, measured on the first
-            batch. Must be positive. It adds up over blocks: 0.2 was best on four (`studies/noise_sweep.yaml`), and the
-            default is half of that, for deeper models (this project's choice, not measured there).
+            batch. Must be positive. It adds up over blocks: 0.2 was best on four with few examples
+            (`studies/noise_sweep.yaml`), 0.1 is for more of either (this project's choice).
         learn_noise: train the log-variances; False keeps the noise at `noise_scale`.
         noise_in_eval: add noise in evaluation too, and sample the posterior. By default prediction is noise-free (the
             paper's default) and by the posterior's mean.
