@@ -15,8 +15,6 @@ from dip_hf.noise_state import NoiseState
 # Arguments of a block that count tokens of a padding-free batch in one dimension, by name because their shape cannot
 # tell them from position indices.
 _CUMULATIVE_LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k")
-
-
 # Arguments of a block with a row for each head, or each head of each example: they cannot be repeated by rows.
 _BY_HEAD = ("alibi", "position_bias")
 
