@@ -7,12 +7,15 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
 from dip_hf.evaluation.environment import resolve_device
 from dip_hf.reasoning import FINETUNING
 from dip_hf.recipe.arguments import AdapterArguments, DataArguments, RecipeParser
+from dip_hf.recipe.dry_run import adapt, build_on_meta
 from studies.load import close_to
 from studies.spec import Arm, Study
-from studies.trainers import StudyConfig
+from studies.trainers import StudyConfig, check_rdrop
 
 
 _OF_DIPNET = (
@@ -20,6 +23,8 @@ _OF_DIPNET = (
     *("num_trajectories", "variance_weight", "log_variance_weight", "stability_weight", "penalty_"),
 )
 """What fields that need a DIPNet adapter start with."""
+_NOT_THE_MODELS = ("train_size", "num_train_epochs", "learning_rate")
+"""Fields that make no difference to the model: runs that differ in these alone have theirs built once."""
 
 
 def parse_training(config: dict[str, Any], output_dir: str) -> tuple[DataArguments, StudyConfig, AdapterArguments]:
@@ -49,8 +54,8 @@ def parse_training(config: dict[str, Any], output_dir: str) -> tuple[DataArgumen
 
 
 def check_fields(study: Study) -> None:
-    """Check the base, the families and the device, and build the arguments of every arm's every trial, so that a
-    mistake costs no wait.
+    """Check the base, the families and the device, and build the arguments of every arm's every trial, and its adapter
+    on a base without weights, so that a mistake costs no wait.
 
     Raises:
         ValueError: a base or a device that is not there, an unknown family, or a mistake in an arm's fields, among
@@ -63,6 +68,10 @@ def check_fields(study: Study) -> None:
         )
     if Path(study.output_dir).is_file():
         raise ValueError(f"output_dir={study.output_dir!r} is a file; name a folder")
+    try:
+        base_config = AutoConfig.from_pretrained(study.model)
+    except OSError as error:
+        raise ValueError(f"model={study.model!r}: {str(error).splitlines()[0]}") from error
     resolve_device(study.evaluation.device)
     known = [family.name for family in FINETUNING]
     for family in study.families:
@@ -75,6 +84,7 @@ def check_fields(study: Study) -> None:
                     f"arms.{arm.name}: trials {arm.trials.index(setting)} and {index} are alike ({setting}); "
                     "each must try something else"
                 )
+    seen: list[dict[str, Any]] = []
     for arm, size in product(study.arms, study.sizes):
         for trial in range(0 if arm.untrained else len(arm.trials)):
             try:
@@ -82,14 +92,17 @@ def check_fields(study: Study) -> None:
                 _, training, adapter = parse_training(config, study.output_dir)
                 _check_effect({**arm.overrides, **arm.trials[trial]}, training, adapter)
                 _check_prediction(arm, adapter)
+                fields = {name: value for name, value in config.items() if name not in _NOT_THE_MODELS}
+                if fields not in seen:
+                    tuned, *_ = adapt(build_on_meta(base_config, adapter.dtype), training, adapter)
+                    check_rdrop(tuned, training)
+                    seen.append(fields)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"arms.{arm.name}, size {size}, trial {trial}: {error}") from error
 
 
 def _check_effect(names: Iterable[str], training: StudyConfig, adapter: AdapterArguments) -> None:
     """Refuse fields of an arm that its adapter, or a weight of 0, leaves without effect."""
-    if training.rdrop_weight > 0 and adapter.adapter == "dipnet":
-        raise ValueError(f"rdrop_weight={training.rdrop_weight} is a baseline: set adapter to 'lora' or 'none'")
     for name in names:
         if name.startswith(_OF_DIPNET) and adapter.adapter != "dipnet":
             raise ValueError(

@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from torch.nn import functional as F
 
+from dip_hf.dipnet.model import DIPNetModel
 from dip_hf.trainer import DIPSFTConfig, DIPSFTTrainer
 
 
@@ -103,19 +105,28 @@ def rdrop_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return likelihood, divergence
 
 
+def check_rdrop(model: torch.nn.Module, config: StudyConfig) -> None:
+    """
+    Raises:
+        ValueError: R-Drop is on and the model has a DIPNet adapter, or no dropout.
+    """
+    if config.rdrop_weight == 0:
+        return
+    if isinstance(model, PeftModel) and isinstance(model.base_model, DIPNetModel):
+        raise ValueError(f"rdrop_weight={config.rdrop_weight} is a baseline: set adapter to 'lora' or 'none'")
+    if not any(module.p > 0 for module in model.modules() if isinstance(module, torch.nn.Dropout)):
+        raise ValueError(
+            f"rdrop_weight={config.rdrop_weight} compares two dropout masks, but the model has no dropout: set "
+            "lora_dropout"
+        )
+
+
 class RDropTrainer(DIPSFTTrainer):
     """R-Drop (arXiv 2106.14448): two passes under different dropout, and the divergence between them."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.dipnet is not None:
-            raise ValueError(f"rdrop_weight={self.args.rdrop_weight} is a baseline: set adapter to 'lora' or 'none'")
-        rates = [module.p for module in self.model.modules() if isinstance(module, torch.nn.Dropout)]
-        if not any(rate > 0 for rate in rates):
-            raise ValueError(
-                f"rdrop_weight={self.args.rdrop_weight} compares two dropout masks, but the model has no dropout: set "
-                "lora_dropout"
-            )
+        check_rdrop(self.model, self.args)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -56,6 +56,33 @@ def describe_run(
     yield f"            shape from {source}; weights {_weights_at_hand(adapter)}"
     yield f"            {_weight_memory(model, adapter)}"
 
+    tuned, dres, icp = adapt(model, training, adapter)
+    yield from _describe_adapter(tuned, training, adapter)
+    yield from _describe_second_passes(dres, icp, training)
+
+    rows, lines = _describe_data(data, training)
+    yield from lines
+    yield from _describe_steps(rows, training)
+    yield from _describe_optimizer(tuned, training)
+    yield f"output      {training.output_dir} (not made in a dry run)"
+
+
+def adapt(
+    model: PreTrainedModel, training: DIPSFTConfig, adapter: AdapterArguments
+) -> tuple[nn.Module, DReSBranch | None, ICPBranch | None]:
+    """Put the adapter on a model and DReS and ICP around it, as the trainer would.
+
+    Args:
+        model: on any device, meta included; it is changed in place.
+        training: the trainer's config.
+        adapter: the adapter.
+
+    Returns:
+        The model with its adapter, DReS and ICP; None for what is off.
+
+    Raises:
+        ValueError: the mistakes that only a model shows, such as a block that it has not.
+    """
     peft_config = adapter.peft_config()
     tuned: nn.Module = model if peft_config is None else get_peft_model(model, peft_config)
     if isinstance(model.get_output_embeddings(), BaseTunerLayer):
@@ -66,28 +93,23 @@ def describe_run(
     check_posterior(tuned, training)
     if isinstance(peft_config, DIPNetConfig) or training.dres_weight > 0 or training.icp_weight > 0:
         check_one_loss_pass(training, has_loss_function=False)
-    yield from _describe_adapter(tuned, training, adapter)
-    yield from _describe_second_passes(model, training)
-
-    rows, lines = _describe_data(data, training)
-    yield from lines
-    yield from _describe_steps(rows, training)
-    yield from _describe_optimizer(tuned, training)
-    yield f"output      {training.output_dir} (not made in a dry run)"
-
-
-def _describe_second_passes(model: PreTrainedModel, training: DIPSFTConfig) -> Iterator[str]:
-    """DReS's and ICP's part of the run, built as the trainer would."""
+    dres = None
     if training.dres_weight > 0:
         dres = DReSBranch(model, **training.dres_options())
         padding_free = training.padding_free or (training.packing and training.packing_strategy != "wrapped")
         dres.check(training.per_device_train_batch_size, padding_free)
+    icp = ICPBranch(model, training.icp_options()) if training.icp_weight > 0 else None
+    return tuned, dres, icp
+
+
+def _describe_second_passes(dres: DReSBranch | None, icp: ICPBranch | None, training: DIPSFTConfig) -> Iterator[str]:
+    """DReS's and ICP's part of the run."""
+    if dres is not None:
         yield (
             f"DReS        weight {training.dres_weight}, {dres.placement} placement through "
             f"{', '.join(dres.modules)}, K = {dres.group_size}, N = {dres.coded_size}, {dres.share:g} of the groups"
         )
-    if training.icp_weight > 0:
-        icp = ICPBranch(model, training.icp_options())
+    if icp is not None:
         yield (
             f"ICP         weight {training.icp_weight}, {training.icp_steps} step(s) of {training.icp_epsilon} from "
             f"block {training.icp_start_block}, every {training.icp_interval} step(s), comparing blocks {icp.layers}"

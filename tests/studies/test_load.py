@@ -11,6 +11,7 @@ from tests.studies.support import declaration, small_study, write_study
 
 
 ROOT = Path(__file__).parents[2]
+BASE = str(ROOT / "recipes" / "base_model")
 
 
 @pytest.mark.parametrize(
@@ -95,6 +96,20 @@ def test_a_bad_file_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], 
             "arms.b, size 8, trial 0: rdrop_weight=1.0 is a baseline",
         ),
         (
+            {"arms": {"lora": {}, "b": {"rdrop_weight": 1.0, "lora_dropout": 0.0}}},
+            "arms.b, size 8, trial 0: rdrop_weight=1.0 compares two dropout masks",
+        ),
+        (
+            {"arms": {"lora": {}, "b": {"adapter": "dipnet", "trials": [{}, {"noise_blocks": [9]}]}}},
+            "arms.b, size 8, trial 1: noise_blocks",
+        ),
+        (
+            {"arms": {"lora": {}, "b": {"adapter": "dipnet", "variational_rank": 2, "weight_decay": 0.1}}},
+            "arms.b, size 8, trial 0: weight_decay=0.1 with variational_rank > 0",
+        ),
+        ({"arms": {"lora": {}, "b": {"dres_weight": 1.0, "dres_blocks": [9]}}}, "arms.b, .*: dres_blocks"),
+        ({"model": "missing"}, "model='missing': "),
+        (
             {"arms": {"lora": {}, "b": {"rdrop_weight": 1.0, "label_smoothing_factor": 0.1}}},
             "trial 0: rdrop_weight=1.0 has a loss of its own, without label smoothing",
         ),
@@ -136,13 +151,13 @@ def test_a_bad_file_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], 
 )
 def test_an_arms_fields_are_the_recipes(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_fields(small_study(tmp_path, **changes))
+        check_fields(small_study(tmp_path, **{"model": BASE, **changes}))
 
 
 def test_results_need_a_folder(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
     with pytest.raises(ValueError, match=r"output_dir='.*out' is a file; name a folder"):
-        check_fields(small_study(tmp_path))
+        check_fields(small_study(tmp_path, model=BASE))
 
 
 def test_overrides_go_from_common_to_size_to_arm_to_trial(tmp_path: Path) -> None:
