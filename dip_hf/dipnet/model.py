@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dip_hf.blocks import find_decoder_blocks, select_blocks
 from dip_hf.dipnet.config import DIPNetConfig
 from dip_hf.dipnet.layer import NoiseSite, random_layers
-from dip_hf.dipnet.trajectories import fold_trajectories
+from dip_hf.dipnet.trajectories import check_model, fold_trajectories
 from dip_hf.dipnet.weight_checks import CheckedLoraModel
 from dip_hf.ibvi.layer import Covariance, active_covariances, make_point
 from dip_hf.ibvi.placement import add_posteriors, check_targets
@@ -206,15 +206,13 @@ class DIPNetModel(CheckedLoraModel):
             (d,), with its gradient; that RMS, shape (1,)). It stays empty without noise.
 
         Raises:
-            ValueError: `trajectories` < 1, or the active adapter has neither noise nor a posterior.
+            ValueError: `trajectories` < 1, or more than one in a model that counts its rows before the blocks; or the
+                active adapter has neither noise nor a posterior.
         """
         if trajectories < 1:
             raise ValueError(f"trajectories={trajectories} must be at least 1.")
-        if trajectories > 1 and getattr(getattr(self.model, "config", None), "output_router_logits", False):
-            raise ValueError(
-                f"output_router_logits=True with trajectories={trajectories}: the experts' balance loss counts the "
-                "batch's rows once in every block; set output_router_logits=False, or train one trajectory."
-            )
+        if trajectories > 1 and hasattr(self.model, "config"):
+            check_model(self.model.config, trajectories)
         with self.noise_state.passes_under(key, posterior_key or key, trajectories):
             layers = random_layers(self.model)
             first = next(layers, None)

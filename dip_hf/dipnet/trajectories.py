@@ -42,6 +42,27 @@ def _fold_named(name: str, value: Any, batch: int, trajectories: int) -> Any:
     return _fold_argument(value, batch, trajectories)
 
 
+def check_model(config: Any, trajectories: int) -> None:
+    """
+    Args:
+        config: of the model.
+        trajectories: m > 1.
+
+    Raises:
+        ValueError: the model counts its rows in front of the blocks, and not after them.
+    """
+    if getattr(config, "output_router_logits", False):
+        raise ValueError(
+            f"output_router_logits=True with trajectories={trajectories}: the experts' balance loss counts the "
+            "batch's rows once in every block; set output_router_logits=False, or train one trajectory."
+        )
+    if getattr(config, "model_type", None) == "gpt_bigcode":
+        raise ValueError(
+            f"trajectories={trajectories}: GPT-BigCode gives its output the shape of its input, which has fewer rows; "
+            "set num_trajectories (or num_samples) to 1."
+        )
+
+
 def _check_foldable(hidden_states: Tensor, kwargs: dict[str, Any], trajectories: int) -> None:
     """
     Raises:

@@ -192,6 +192,15 @@ def test_the_experts_balance_loss_is_refused() -> None:
         pass
 
 
+def test_an_output_with_the_inputs_rows_is_refused() -> None:
+    config = tf.GPTBigCodeConfig(vocab_size=VOCABULARY, n_positions=32, n_embd=16, n_layer=2, n_head=2)
+    model = adapt(tf.GPTBigCodeForCausalLM(config), target_modules=[], noise_blocks=1)
+    with model.base_model.sampling(KEY):
+        assert model(**batch()).logits.isfinite().all()
+    with pytest.raises(ValueError, match="trajectories=2: GPT-BigCode"), model.base_model.sampling(KEY, 2):
+        pass
+
+
 def test_one_trajectory_is_the_first_of_several() -> None:
     model, inputs = adapt(build()), batch()
     with model.base_model.sampling(KEY):
