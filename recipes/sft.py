@@ -66,6 +66,10 @@ def train(trainer: DIPSFTTrainer, data: DataArguments) -> None:
     trainer.accelerator.print(f"Saved to {training.output_dir}")
     if training.push_to_hub:
         trainer.push_to_hub(dataset_name=data.dataset_name or data.families)
+    # The DDP wrapper goes before the process group: where its reducer is the last to hold the group, it waits for
+    # gloo's threads while it has Python's lock, for which they wait (pytorch/pytorch#56297)
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()
     trainer.end()
 
 
