@@ -8,6 +8,7 @@ Any field can be set behind the file, and overrides what it says: `--adapter lor
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 
@@ -70,6 +71,7 @@ def train(trainer: DIPSFTTrainer, data: DataArguments) -> None:
     # gloo's threads while it has Python's lock, for which they wait (pytorch/pytorch#56297)
     trainer.model_wrapped = trainer.model
     trainer.accelerator.free_memory()
+    gc.collect()
     trainer.end()
 
 

@@ -7,10 +7,12 @@ from typing import Any
 
 from dip_hf.evaluation.calibration import BINS
 from studies.compare import LEVEL, MIN_SEEDS, Comparison, Measure, Row
+from studies.markdown import markdown
 from studies.plan import cells
 from studies.results import Results
 from studies.spec import Arm, Study
 from studies.statistics import RESAMPLES
+from studies.summary import summary
 
 
 _UNITS = {"accuracy": "%", "nll": "nats per answer", "ece": "%"}
@@ -34,6 +36,7 @@ def study_section(results: Results, comparisons: Sequence[Comparison], pictures:
     for comparison in comparisons:
         parts.append(f"### {comparison.size:,} examples per family")
         parts.append(f"![Differences to {results.study.reference}]({pictures[comparison.size]})")
+        parts.append(summary(comparison, results.study))
         parts += [_measure_table(comparison, measure, results.study) for measure in comparison.rows]
         parts += [_calibration(comparison, name) for name in comparison.discrimination]
         parts += [_robustness(comparison, results.study), _smoothness(comparison, results.study)]
@@ -260,10 +263,3 @@ def _probe(value: tuple[float, float | None] | None, scale: float, digits: int) 
         return ""
     mean, spread = value
     return f"{scale * mean:.{digits}f}" + ("" if spread is None else f" ± {scale * spread:.{digits}f}")
-
-
-def markdown(header: Sequence[str], lines: Sequence[Sequence[str]], right: Sequence[int]) -> str:
-    """A table; `right` are the columns of numbers."""
-    rule = "|".join("---:" if column in right else "---" for column in range(len(header)))
-    rows = ["| " + " | ".join(cells) + " |" for cells in (header, *lines)]
-    return "\n".join([rows[0], f"|{rule}|", *rows[1:]])

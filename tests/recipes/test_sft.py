@@ -1,12 +1,15 @@
 """recipes/sft.py from its arguments to an adapter on disk."""
 
 import json
+import weakref
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import AutoPeftModelForCausalLM
+from transformers import TrainingArguments
 
 from tests.recipes.support import load_sft, save_small_model
 
@@ -49,3 +52,32 @@ report_to: none
     load_sft().main([*run, "--max_steps", "3", "--resume_from_checkpoint", "true"])
     state = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3]
+
+
+def test_nothing_holds_the_ddp_wrapper_when_the_processes_part() -> None:
+    """Stands for `DistributedDataParallel`, whose reducer must not be the last to hold the process group."""
+    wrapper = torch.nn.Sequential(torch.nn.Linear(1, 1))
+    wrapper.itself = [wrapper]  # a cycle, which the reference count alone does not free
+    alive = weakref.ref(wrapper)
+
+    class Trainer:
+        args = TrainingArguments(output_dir="out", use_cpu=True)
+        accelerator = Accelerator(cpu=True)
+        model, model_wrapped = wrapper[0], wrapper
+        ended = False
+
+        def train(self, resume_from_checkpoint: str | None) -> None:
+            self.accelerator._models.append(self.model_wrapped)
+
+        def save_model(self, folder: str) -> None:
+            assert alive() is not None
+
+        def end(self) -> None:
+            assert alive() is None
+            self.ended = True
+
+    trainer = Trainer()
+    trainer.model_wrapped = wrapper
+    del wrapper, Trainer.model_wrapped
+    load_sft().train(trainer, None)
+    assert trainer.ended

@@ -46,6 +46,7 @@ def main() -> None:
         elif not method.noisy:
             results[name]["step"] = recorded_step(folder / "run", method.config(), options)
     torch.save(results, folder / f"rank_{rank}.pt")
+    gc.collect()  # a DDP wrapper must not outlive its process group, see recipes/sft.py
     torch.distributed.destroy_process_group()
 
 
