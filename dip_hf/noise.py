@@ -41,7 +41,7 @@ class NoiseKey(NamedTuple):
 
     def tensor(self) -> Tensor:
         """The key as an int64 tensor of shape (4,) on the CPU: data, not a constant, for `torch.compile`."""
-        return torch.tensor(self, dtype=torch.int64)
+        return torch.tensor(self, dtype=torch.int64, device="cpu")
 
 
 def derive_seed(key: Tensor, layer: int, trajectory: int) -> int:
@@ -53,12 +53,17 @@ def derive_seed(key: Tensor, layer: int, trajectory: int) -> int:
     return int.from_bytes(hashlib.blake2b(message, digest_size=8).digest(), "little", signed=True)
 
 
-@cache
 def _normal_quantiles(count: int) -> np.ndarray:
     """The `count` mid-point quantiles of N(0, 1), rescaled to unit variance; shape (count,), fp32."""
     quantiles = torch.special.ndtri((torch.arange(count, dtype=torch.float64, device="cpu") + 0.5) / count)
     scaled: np.ndarray = (quantiles / quantiles.square().mean().sqrt()).float().numpy()
     return scaled
+
+
+@cache
+def _few_quantiles() -> np.ndarray:
+    """Those that 16 bits choose from."""
+    return _normal_quantiles(2**16)
 
 
 @cache
@@ -70,22 +75,28 @@ def _noise_table(count: int, seed: int) -> np.ndarray:
     return np.resize(table, count + _PIECE)  # goes round
 
 
-def _starts(seed: int) -> tuple[int, int]:
-    """Where the windows of `seed` start, in the first table and in the second."""
-    a, b = struct.unpack("<2Q", hashlib.blake2b(struct.pack("<q", seed), digest_size=16).digest())
+def _starts(seed: int, turn: int) -> tuple[int, int]:
+    """Where the windows of `seed` start, in the first table and in the second, for its `turn`-th 2^20 samples."""
+    message = struct.pack("<q", seed) + (struct.pack("<q", turn) if turn else b"")
+    a, b = struct.unpack("<2Q", hashlib.blake2b(message, digest_size=16).digest())
     return a % _TABLE, b % (_TABLE - 1)
 
 
 def _draw(seed: int, first: int, count: int) -> Tensor:
     """Samples `first` to `first + count - 1` of what `seed` stands for, shape (count,), fp32, on the CPU.
 
-    Sample i is A[a + i] + B[b + i]: of either table a window that goes round, from a start that `seed` is hashed to.
+    Sample i is A[a + i] + B[b + i]: of either table a window that goes round, from a start that `seed` is hashed to,
+    and from another one after every 2^20 samples, when the first table has gone round.
 
     Args:
         count: at most `_PIECE`.
     """
-    a, b = _starts(seed)
-    a, b = (a + first) % _TABLE, (b + first) % (_TABLE - 1)
+    turn, place = divmod(first, _TABLE)
+    if place + count > _TABLE:
+        rest = place + count - _TABLE
+        return torch.cat([_draw(seed, first, count - rest), _draw(seed, first + count - rest, rest)])
+    a, b = _starts(seed, turn)
+    a, b = (a + place) % _TABLE, (b + place) % (_TABLE - 1)
     one, other = _noise_table(_TABLE, 0)[a : a + count], _noise_table(_TABLE - 1, 1)[b : b + count]
     return torch.from_numpy(one) + torch.from_numpy(other)
 
@@ -93,13 +104,13 @@ def _draw(seed: int, first: int, count: int) -> Tensor:
 def gaussian(
     shape: torch.Size | tuple[int, ...], seed: int, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Standard normal noise of `shape`, a function of `seed`, `dtype` and the kind of device alone.
+    """Standard normal noise of `shape`, a function of `seed`, `dtype` and the device (on CUDA, the GPU's model) alone.
 
     On an accelerator this is `torch.randn` with a private generator. On the CPU that would cost up to a fifth of a
     training step, so noise is read from tables, as in evolution strategies (arXiv 1703.03864, section 2.1): the sum of
     two windows at places that `seed` chooses, one of each of two shuffled tables of about a million quantiles of
     N(0, 1/2). A sample is within 2e-6 of N(0, 1) in distribution function, its support is ±6.9; samples of one draw
-    share no table entry up to a million, and every further one differs in one of its two. Two draws of
+    share no table entry up to a million, from where on it is as if another draw began. Two draws of
     n samples overlap in a table with probability n/2^19, and always from n = 2^19 on: samples of theirs are then
     correlated by 1/2, at other positions (this project's choice).
     """
@@ -117,7 +128,7 @@ def few_gaussians(count: int, seed: int) -> Tensor:
     choice). For a handful of numbers, where tables or a generator would be most of the cost.
     """
     digests = (hashlib.blake2b(struct.pack("<2q", seed, block)).digest() for block in range(-(-count // 32)))
-    return torch.from_numpy(_normal_quantiles(2**16)[np.frombuffer(b"".join(digests), np.uint16, count)])
+    return torch.from_numpy(_few_quantiles()[np.frombuffer(b"".join(digests), np.uint16, count)])
 
 
 def _noise_by_rows(like: Tensor, key: Tensor, layer: int, trajectories: int) -> Iterator[tuple[slice, Tensor]]:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dip_hf.noise import NoiseKey
+from dip_hf.second_pass import IN_SECOND_PASS
 
 
 def _recomputing() -> bool:
@@ -67,7 +68,8 @@ class NoiseState:
             layer: index of the block, or a posterior's number.
 
         Raises:
-            RuntimeError: called while a backward pass recomputes activations, whose noise it could not repeat.
+            RuntimeError: called while a backward pass recomputes activations, whose noise it could not repeat, or in
+                a second pass, which must see the first one's sample.
         """
         if _recomputing():
             raise RuntimeError(
@@ -75,9 +77,15 @@ class NoiseState:
                 "pass's; use `model.gradient_checkpointing_enable()`, which leaves the block's hooks outside, or keep "
                 "the `sampling` context open through the backward pass."
             )
+        if not torch.compiler.is_compiling() and IN_SECOND_PASS.get():
+            raise RuntimeError(
+                "DReS's coded branch would draw another sample of the posterior than the pass beside it; open the "
+                "adapter's `sampling` context around the pass."
+            )
         if layer in self.visited or not self.visited:
             rank = dist.get_rank() if dist.is_initialized() else 0
-            self.key = torch.cat([torch.tensor([seed]), self.key[1:2] + 1, torch.tensor([0, rank])])
+            first, rest = (torch.tensor(part, device="cpu") for part in ([seed], [0, rank]))
+            self.key = torch.cat([first, self.key[1:2] + 1, rest])
             self.posterior_key = self.key
             self.last_sample = (self.key, 1)
             self.visited = set()

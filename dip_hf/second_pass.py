@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+
+IN_SECOND_PASS: ContextVar[bool] = ContextVar("in_second_pass", default=False)
+"""Whether blocks run for the second time, on purpose with what the first time drew."""
 
 
 class Surroundings(NamedTuple):

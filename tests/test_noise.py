@@ -19,6 +19,7 @@ from dip_hf.noise import (
     _draw,
     _noise_table,
     _normal_quantiles,
+    _starts,
     add_noise,
     derive_seed,
     few_gaussians,
@@ -136,11 +137,13 @@ def test_gradient_of_std_is_the_sum_of_gradient_times_noise(dtype: torch.dtype) 
 def test_noise_is_the_sum_of_two_windows_that_go_round(
     starts: tuple[int, int], first: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Read from the two tables entry by entry."""
-    monkeypatch.setattr("dip_hf.noise._starts", lambda seed: starts)
+    """Read from the two tables entry by entry; after every 2^20 from other starts."""
+    monkeypatch.setattr("dip_hf.noise._starts", lambda seed, turn: (starts[0] + 9 * turn, starts[1] + 5 * turn))
     one, other = _noise_table(_TABLE, 0), _noise_table(_TABLE - 1, 1)
-    (a, b), places = starts, range(first, first + 40)
-    expected = [one[(a + i) % _TABLE] + other[(b + i) % (_TABLE - 1)] for i in places]
+    expected = []
+    for turn, place in (divmod(i, _TABLE) for i in range(first, first + 40)):
+        a, b = starts[0] + 9 * turn, starts[1] + 5 * turn
+        expected.append(one[(a + place) % _TABLE] + other[(b + place) % (_TABLE - 1)])
     assert _draw(0, first, 40).tolist() == [float(value) for value in expected]
 
 
@@ -153,11 +156,19 @@ def test_over_seeds_the_noise_of_a_place_is_standard_normal_and_independent() ->
 
 
 def test_a_draw_longer_than_the_tables_does_not_repeat() -> None:
-    """Where the first table comes round, the second is elsewhere: what is in common is one of two entries."""
-    x = gaussian((_TABLE + 50_000,), 3, CPU)
-    start, later = x[:50_000], x[_TABLE:]
-    assert (start == later).float().mean() < 0.01
-    assert torch.corrcoef(torch.stack([start, later]))[0, 1].item() == pytest.approx(0.5, abs=0.02)
+    """Nor do its parts go together, where a row is a power of two and parts begin at the same place of the tables."""
+    x = gaussian((4, _TABLE // 2), 3, CPU)
+    assert (torch.corrcoef(x) - torch.eye(4)).abs().max() < 5 / (_TABLE // 2) ** 0.5
+
+
+def test_windows_start_anew_for_each_seed_and_turn() -> None:
+    starts = [_starts(seed, turn) for seed in (-1, 0, 1) for turn in (0, 1, 2)]
+    assert len({a for a, _ in starts}) == len({b for _, b in starts}) == 9
+
+
+def test_a_default_device_does_not_move_the_key() -> None:
+    with torch.device("meta"):
+        assert KEY.tensor().device == CPU
 
 
 @pytest.mark.parametrize("number", [0, 1])

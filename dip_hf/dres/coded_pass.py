@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dip_hf.dres.functional import decode, group_permutation, reconstruction_error
-from dip_hf.second_pass import Surroundings, fit_mask
+from dip_hf.second_pass import IN_SECOND_PASS, Surroundings, fit_mask
 
 
 @dataclass
@@ -39,7 +39,14 @@ class DReSRecord:
         """
         if not self.errors:
             raise RuntimeError("DReS: no forward pass has run inside `attached`, so there is no error yet.")
-        return torch.stack(list(self.errors.values())).mean()
+        errors = list(self.errors.values())
+        device = errors[0].device  # a model may be split over several
+        return torch.stack([error.to(device) for error in errors]).mean()
+
+
+def _again(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    IN_SECOND_PASS.set(True)
+    return function(*args, **kwargs)
 
 
 def rerun(surroundings: Surroundings, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -49,7 +56,7 @@ def rerun(surroundings: Surroundings, function: Callable[..., Any], *args: Any, 
     and the like), which it collects in a context variable: the call gets a context of its own.
     """
     with surroundings.restored_generators():
-        return contextvars.Context().run(function, *args, **kwargs)
+        return contextvars.Context().run(_again, function, *args, **kwargs)
 
 
 class CodedPass(ABC):

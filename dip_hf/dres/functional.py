@@ -128,8 +128,9 @@ def coding_matrices(
     Raises:
         ValueError: as `spline_codec`.
     """
-    encoder, decoder = spline_codec(sample_nodes(group_size), coded_nodes(max(coded_size, 2)))
-    return encoder.to(device, dtype), decoder.to(device, dtype)
+    with torch.inference_mode(False), torch.device("cpu"):  # they outlast the mode in which they are first asked for
+        encoder, decoder = spline_codec(sample_nodes(group_size), coded_nodes(max(coded_size, 2)))
+        return encoder.to(device, dtype), decoder.to(device, dtype)
 
 
 def affine_error(group_size: int, coded_size: int) -> float:
@@ -220,4 +221,4 @@ def group_permutation(key: Tensor, count: int) -> Tensor:
         order: the first of them are a random sample of the groups.
     """
     generator = torch.Generator().manual_seed(derive_seed(key, -1, _STREAM))
-    return torch.randperm(count, generator=generator)
+    return torch.randperm(count, generator=generator, device="cpu")

@@ -88,7 +88,7 @@ class SequencePass(CodedPass):
 
         Below the block that folds DIPNet's trajectories in there are fewer rows: row b stands for rows j · batch + b.
         """
-        return rows.index_select(0, order % rows.shape[0]).unflatten(0, (self.group_size, -1))
+        return rows.index_select(0, (order % rows.shape[0]).to(rows.device)).unflatten(0, (self.group_size, -1))
 
     def _encode(self, groups: Tensor) -> Tensor:
         """(K, G, ...) to coded rows, (N · G, ...)."""

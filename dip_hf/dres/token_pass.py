@@ -68,7 +68,7 @@ class TokenPass(CodedPass):
 
     def _group(self, tokens: Tensor, order: Tensor) -> Tensor:
         """Shape (K, G, d) from (rows, length, d)."""
-        return tokens.flatten(0, -2).index_select(0, order).unflatten(0, (self.group_size, -1))
+        return tokens.flatten(0, -2).index_select(0, order.to(tokens.device)).unflatten(0, (self.group_size, -1))
 
     def _tokens(self, inputs: Tensor) -> Tensor:
         """Indices of the grouped tokens among all, shape (K · G,); the same in all blocks with as many rows."""

@@ -114,6 +114,19 @@ def check_trainable(model: nn.Module) -> None:
         )
 
 
+def check_parallelism(trainer: SFTTrainer) -> None:
+    """
+    Raises:
+        ValueError: several ranks share one batch, in which each would draw noise and groups of its own.
+    """
+    parallelism = trainer.accelerator.parallelism_config
+    if parallelism is not None and (parallelism.tp_enabled or parallelism.cp_enabled or parallelism.sp_enabled):
+        raise ValueError(
+            f"parallelism_config={parallelism}: with tensor, context or sequence parallelism the ranks of one batch "
+            "would draw different noise and groups; use data parallelism (DDP, FSDP2, ZeRO)."
+        )
+
+
 def check_noise_setup(trainer: SFTTrainer, args: DIPSFTConfig) -> None:
     """
     Raises:
@@ -127,12 +140,6 @@ def check_noise_setup(trainer: SFTTrainer, args: DIPSFTConfig) -> None:
     if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version == 1:
         raise ValueError(
             "fsdp_version=1 flattens the parameters that DIPNet's objective reads; set fsdp_version to 2."
-        )
-    parallelism = trainer.accelerator.parallelism_config
-    if parallelism is not None and (parallelism.tp_enabled or parallelism.cp_enabled or parallelism.sp_enabled):
-        raise ValueError(
-            f"parallelism_config={parallelism}: with tensor, context or sequence parallelism the ranks of one batch "
-            "would draw different noise; use data parallelism (DDP, FSDP2, ZeRO)."
         )
     if args.num_trajectories == 1:
         return
@@ -238,13 +245,20 @@ def check_boundaries(model: PreTrainedModel, inputs: Mapping[str, Any], trajecto
 def check_second_pass(trainer: SFTTrainer) -> None:
     """
     Raises:
-        ValueError: sharded parameters, which are whole only during the wrapper's own pass, or no prompts to perturb.
+        ValueError: sharded parameters, which are whole only during the wrapper's own pass; padding without a mask; or
+            no prompts to perturb.
     """
     zero_stage = trainer.args.deepspeed_plugin.zero_stage if trainer.is_deepspeed_enabled else 0
     if trainer.is_fsdp_enabled or zero_stage == 3:
         raise ValueError(
             "dres_weight and icp_weight do not work with FSDP or ZeRO-3, whose parameters are not whole in a second "
             "pass; use DDP or ZeRO-2, or set both weights to 0."
+        )
+    multiple = trainer.args.pad_to_multiple_of
+    if trainer.args.dres_weight > 0 and trainer.padding_free and multiple is not None:
+        raise ValueError(
+            f"pad_to_multiple_of={multiple} with packing=True or padding_free=True pads without a mask, so that DReS "
+            "would code the padding; leave it unset, or set dres_weight to 0."
         )
     if trainer.args.icp_positions == "prompt" and isinstance(trainer.train_dataset, Dataset):
         rows = trainer.train_dataset.select(range(min(100, len(trainer.train_dataset))))

@@ -172,11 +172,19 @@ class DIPSFTConfig(SFTConfig):
 
     def _check_second_pass(self) -> None:
         """DReS and ICP pass through blocks twice, which some of Trainer's options do not bear."""
-        reentrant = (self.activation_checkpointing_kwargs or {}).get("use_reentrant")
+        given: dict[str, Any] = self.activation_checkpointing_kwargs or {}
+        # What is not transformers' or TRL's own goes to torch's checkpoints, which are reentrant unless told otherwise
+        of_torch = given.keys() - {"every_n_layers", "offload", "selective"}
+        reentrant = of_torch and given.get("use_reentrant") is not False
         if self.activation_checkpointing and reentrant and (self.dres_weight > 0 or self.icp_weight > 0):
             raise ValueError(
-                "activation_checkpointing_kwargs={'use_reentrant': True} does not work with dres_weight or "
-                "icp_weight, which pass through blocks twice; set use_reentrant to False."
+                f"activation_checkpointing_kwargs={given} makes checkpoints reentrant, which does not work with "
+                "dres_weight or icp_weight, which pass through blocks twice; set its use_reentrant to False."
+            )
+        if self.activation_checkpointing and given.get("selective") and self.icp_weight > 0:
+            raise ValueError(
+                f"activation_checkpointing_kwargs={given} does not work with icp_weight, which reads the saved "
+                "activations twice; remove 'selective', or set icp_weight to 0."
             )
         if self.icp_weight > 0 and self.activation_offloading:
             raise ValueError(

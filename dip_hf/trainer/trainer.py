@@ -24,6 +24,7 @@ from dip_hf.trainer.checks import (
     check_noise_setup,
     check_nothing_dropped,
     check_one_loss_pass,
+    check_parallelism,
     check_posterior,
     check_second_pass,
     check_trainable,
@@ -105,6 +106,7 @@ class DIPSFTTrainer(PublishingTrainer):
         if self.dres is not None or self.icp is not None:
             check_second_pass(self)
         if self.dipnet is not None or self.dres is not None or self.icp is not None:
+            check_parallelism(self)
             check_one_loss_pass(args, kwargs.get("compute_loss_func") is not None)
 
     def compute_loss(
@@ -179,7 +181,11 @@ class DIPSFTTrainer(PublishingTrainer):
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        """As Trainer's, which counts the step's label tokens; ICP's mean needs the number of compared tokens too."""
+        """As Trainer's, which counts the step's label tokens; ICP's mean needs the number of compared tokens too.
+
+        A step begins here, and with it its micro-batches' numbers: one that an exception cut off is taken up anew.
+        """
+        self._micro_steps[True] = (-1, -1)
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.icp is not None and samples:
             count = torch.stack([compared_tokens(sample).sum() for sample in samples]).sum().to(device)

@@ -7,9 +7,13 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch._subclasses import FakeTensorMode
 
+from dip_hf import DIPNetConfig
 from dip_hf.dres import coded_pass
 from dip_hf.dres.functional import affine_error
+from dip_hf.dres.sequence_pass import SequencePass
+from dip_hf.dres.token_pass import TokenPass
 from tests.dres import oracle
 from tests.dres.support import KEY, PLACEMENTS, assert_close, batch_of, branch_of, gradients, model_of, run
 
@@ -183,3 +187,30 @@ def test_detached_target(placement: str) -> None:
         grads.append(gradients(model, record.error)["model.layers.2.mlp.down_proj.weight"])
     assert errors[0] == errors[1]
     assert not torch.allclose(grads[0], grads[1], rtol=1e-2)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_posterior_needs_one_sample_for_both_branches(placement: str) -> None:
+    """Outside of `sampling` every pass has a sample of its own: the coded branch would have other weights."""
+    posterior = {"noise_blocks": [], "variational_rank": 2, "variational_blocks": "all"}
+    config = DIPNetConfig(r=2, target_modules="all-linear", **posterior)
+    model = get_peft_model(model_of(dtype=torch.float32), config).train()
+    branch = branch_of(model.get_base_model(), placement, group_size=2)
+    with pytest.raises(RuntimeError, match=r"another sample of the posterior.*open the adapter's `sampling` context"):
+        run(model, branch, batch_of(4))
+    with model.base_model.sampling(KEY):
+        assert run(model, branch, batch_of(4))[0].error.isfinite()
+
+
+def test_groups_of_a_model_that_is_split_over_devices() -> None:
+    """Fake devices: where something lies is all that matters here."""
+    key, options = KEY.tensor(), (2, 3, 1.0)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        first, second = (torch.empty(4, 3, 5, device=f"cuda:{index}") for index in range(2))
+        token = TokenPass([], {}, *options, key, None, False)
+        sequence = SequencePass({}, *options, key, None, False)
+        order = sequence.choose_groups(4, second.device)
+        for coded in (token, sequence):
+            assert coded._group(first, order).device == first.device
+        errors = {"first": first.sum(), "second": second.sum()}
+        assert coded_pass.DReSRecord(errors, 2).error.device == first.device

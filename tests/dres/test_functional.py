@@ -63,6 +63,18 @@ def affine(size: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
+def test_matrices_outlast_the_mode_in_which_they_are_first_asked_for() -> None:
+    coding_matrices.cache_clear()
+    with torch.inference_mode():
+        coding_matrices(4, 6)
+    with torch.device("meta"):
+        coding_matrices(4, 7)
+    for size in (6, 7):
+        x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+        encode(x, size).sum().backward()
+        assert x.grad is not None
+
+
 @pytest.mark.parametrize(("k", "n"), SIZES)
 def test_affine_f_gives_the_closed_form(k: int, n: int) -> None:
     """Exactly where the samples spread alike in all directions: here the corners of a simplex."""

@@ -109,7 +109,7 @@ def test_a_model_of_unknown_shape_is_named(no_network: None) -> None:
         (["--variational_rank", "4", "--weight_decay", "0.1"], "weight_decay=0.1 with variational_rank > 0"),
         (
             ["--dres_weight", "1", "--activation_checkpointing_kwargs", '{"use_reentrant": true}'],
-            "use_reentrant': True} does not work with dres_weight",
+            "use_reentrant': True} makes checkpoints reentrant",
         ),
         (["--label_smoothing_factor", "0.1"], "label_smoothing_factor makes TRL run a second forward pass"),
     ],

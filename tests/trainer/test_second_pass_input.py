@@ -10,12 +10,16 @@ import pytest
 from peft import LoraConfig
 
 from dip_hf import DIPSFTConfig
-from dip_hf.trainer.checks import check_second_pass
+from dip_hf.trainer.checks import check_parallelism, check_second_pass
 from tests.trainer.methods import DRES, ICP, SEQUENCE
 from tests.trainer.tiny import ADAPTER, base_model, make_trainer
 
 
-REENTRANT = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
+def checkpoints(**options: Any) -> dict[str, Any]:
+    return {"activation_checkpointing": True, "activation_checkpointing_kwargs": options}
+
+
+REENTRANT = checkpoints(use_reentrant=True)
 
 
 @pytest.mark.parametrize(
@@ -44,8 +48,10 @@ REENTRANT = {"activation_checkpointing": True, "activation_checkpointing_kwargs"
         ({"icp_weighting": "mean"}, "icp_weighting='mean' must be one of additive, paper"),
         ({"icp_warmup": 1.5}, r"icp_warmup=1.5 must lie in \[0, 1\]: it is a share of the run"),
         ({"icp_warmup": -0.1}, r"icp_warmup=-0.1 must lie in \[0, 1\]"),
-        ({**DRES, **REENTRANT}, "use_reentrant': True} does not work with dres_weight or icp_weight.*to False"),
-        ({**ICP, **REENTRANT}, "use_reentrant': True} does not work with dres_weight or icp_weight.*to False"),
+        ({**DRES, **REENTRANT}, "use_reentrant': True} makes checkpoints reentrant.*dres_weight or.*to False"),
+        ({**ICP, **REENTRANT}, "use_reentrant': True} makes checkpoints reentrant.*dres_weight or.*to False"),
+        ({**ICP, **checkpoints(preserve_rng_state=True)}, "preserve_rng_state': True} makes checkpoints reentrant"),
+        ({**ICP, **checkpoints(selective=True)}, "{'selective': True} does not work with icp_weight.*; remove"),
         ({**ICP, "activation_offloading": True}, "activation_offloading=True does not work with icp_weight"),
         (
             {**ICP, "torch_compile": True},
@@ -58,6 +64,11 @@ REENTRANT = {"activation_checkpointing": True, "activation_checkpointing_kwargs"
 def test_arguments(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         DIPSFTConfig(output_dir=str(tmp_path), use_cpu=True, **options)
+
+
+@pytest.mark.parametrize("given", [{"every_n_layers": 2}, {"use_reentrant": False, "preserve_rng_state": True}])
+def test_checkpoints_that_are_not_reentrant(given: dict[str, Any], tmp_path: Path) -> None:
+    DIPSFTConfig(output_dir=str(tmp_path), use_cpu=True, **DRES, **ICP, **checkpoints(**given))
 
 
 @pytest.mark.parametrize(("options", "name"), [(DRES, "dres"), (ICP, "icp")])
@@ -81,6 +92,10 @@ def test_blocks_that_are_not_found(options: dict[str, Any], name: str, tmp_path:
             {**SEQUENCE, "padding_free": True},
             "dres_placement='sequence' .*padding_free=True.*use dres_",
         ),
+        (
+            {**DRES, "padding_free": True, "pad_to_multiple_of": 64},
+            "pad_to_multiple_of=64 .*without a mask.*unset, or set dres",
+        ),
         ({**SEQUENCE, "dres_blocks": "0,2"}, "dres_blocks=.*without gaps; choose neighbours"),
         ({**DRES, "dres_blocks": "4"}, "dres_blocks=4: the model has 3 blocks; give a number from 1 to 3"),
         ({**DRES, "dres_blocks": "1,3"}, r"dres_blocks=\[1, 3\]: the model has 3 blocks"),
@@ -101,3 +116,26 @@ def test_sharded_parameters(stage: int) -> None:
     trainer = SimpleNamespace(args=arguments, is_deepspeed_enabled=stage > 0, is_fsdp_enabled=stage == 0)
     with pytest.raises(ValueError, match=r"dres_weight and icp_weight do not work with FSDP or ZeRO-3.*or set both"):
         check_second_pass(trainer)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("enabled", ["tp_enabled", "cp_enabled", "sp_enabled"])
+def test_ranks_of_one_batch(enabled: str) -> None:
+    """The trainer is a stand-in: there is one process here."""
+    kinds = {"tp_enabled": False, "cp_enabled": False, "sp_enabled": False}
+    accelerator = SimpleNamespace(parallelism_config=SimpleNamespace(**kinds))
+    check_parallelism(SimpleNamespace(accelerator=accelerator))  # type: ignore[arg-type]
+    accelerator.parallelism_config = SimpleNamespace(**{**kinds, enabled: True})
+    with pytest.raises(ValueError, match=r"parallelism_config=.*ranks of one batch would draw different.*use data"):
+        check_parallelism(SimpleNamespace(accelerator=accelerator))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", [DRES, ICP], ids=["dres", "icp"])
+def test_parallelism_is_asked_for_with_any_regulariser(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr("dip_hf.trainer.trainer.check_parallelism", asked.append)
+    make_trainer(tmp_path, LoraConfig(**ADAPTER), {})
+    assert asked == []
+    trainer = make_trainer(tmp_path, LoraConfig(**ADAPTER), options)
+    assert asked == [trainer]

@@ -101,6 +101,28 @@ def test_not_finite(adapter: PeftConfig, parameter: str, value: float, term: str
     assert resumed.state.global_step == 4 and torch.isfinite(torch.tensor(losses(resumed))).all()
 
 
+def test_a_step_cut_off_is_taken_up_anew(tmp_path: Path) -> None:
+    """An exception within a step, and training resumed on the same trainer: the noise and losses of a whole run."""
+    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+    options |= {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
+    whole = make_trainer(tmp_path / "whole", DIPNetConfig(**ADAPTER), options)
+    whole.train()
+    trainer = make_trainer(tmp_path / "cut", DIPNetConfig(**ADAPTER), options)
+    calls: list[int] = []
+
+    def cut(module: torch.nn.Module, args: tuple) -> None:
+        calls.append(1)
+        if len(calls) == 4:  # the second micro-batch of the second step
+            raise InterruptedError
+
+    trainer.model.get_submodule("base_model.model.lm_head").register_forward_pre_hook(cut)
+    trainer.model.get_submodule("base_model.model.model.norm").register_forward_pre_hook(cut)
+    with pytest.raises(InterruptedError):
+        trainer.train()
+    trainer.train(resume_from_checkpoint=True)
+    assert losses(trainer) == losses(whole)
+
+
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite(value: float, max_grad_norm: float, tmp_path: Path) -> None:
