@@ -16,9 +16,11 @@ ARGS_dipnet := --adapter dipnet --dres_weight 0 --icp_weight 0
 ARGS_dres := --adapter lora --icp_weight 0
 ARGS_icp := --adapter lora --dres_weight 0
 ARGS_all := --adapter dipnet
-# accelerate gives a process on the CPU one thread unless told otherwise
+comma := ,
+# accelerate gives a process on the CPU one thread unless told otherwise, and sets CUDA_VISIBLE_DEVICES itself
 LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate/one_gpu.yaml \
-	--num_cpu_threads_per_process $(shell nproc 2>/dev/null || echo 1)
+	--num_cpu_threads_per_process $(shell nproc 2>/dev/null || echo 1) \
+	$(if $(CUDA_VISIBLE_DEVICES),--gpu_ids $(firstword $(subst $(comma), ,$(CUDA_VISIBLE_DEVICES))))
 
 # Worker processes share the cores: one thread each, or OpenMP oversubscribes them and runs many times slower.
 # Tests must pass without a network, and say so at once where they would need one.

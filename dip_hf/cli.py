@@ -58,8 +58,10 @@ def _add_diagnose(commands: Any) -> None:
 
 def _diagnose(options: argparse.Namespace) -> int:
     from dip_hf.diagnostics.run import DiagnoseSettings, diagnose, to_text, write
+    from dip_hf.evaluation.write import make_folder
 
     settings = DiagnoseSettings(**_fields(options))
+    make_folder(settings.folder)  # before minutes of measuring
     result = diagnose(settings)
     print(to_text(result))
     for path in write(result, settings.folder):
@@ -116,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return int(options.run(options))
-    except (ImportError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         print(f"dip-hf {options.command}: {error}", file=sys.stderr)
         return 2
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from peft.helpers import MontecloraTrainerMixin
 from transformers import AutoTokenizer
+from transformers.trainer_utils import get_last_checkpoint
 from trl import get_quantization_config
 from yaml import YAMLError
 
@@ -51,18 +52,38 @@ def make_trainer(
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         # The examples are text, so a vision-language model's processor is not needed
-        processing_class=AutoTokenizer.from_pretrained(adapter.model_name_or_path, revision=adapter.model_revision),
+        processing_class=AutoTokenizer.from_pretrained(
+            adapter.model_name_or_path,
+            revision=adapter.model_revision,
+            trust_remote_code=training.trust_remote_code,
+        ),
         quantization_config=get_quantization_config(adapter),
         peft_config=adapter.peft_config(),
     )
 
 
-def train(trainer: DIPSFTTrainer, data: DataArguments) -> None:
-    """Train, and save the adapter (or the whole model) to `output_dir`."""
+def resumed_checkpoint(training: DIPSFTConfig) -> str | None:
+    """The folder that `resume_from_checkpoint` names, that of the last checkpoint where it is true.
+
+    Raises:
+        ValueError: there is none.
+    """
+    given, folder = str(training.resume_from_checkpoint), Path(training.output_dir)
+    if given.lower() in ("none", "false"):
+        return None
+    last = given.lower() == "true"
+    found = get_last_checkpoint(folder) if last and folder.is_dir() else None if last else given
+    if found is None or not Path(found).is_dir():
+        raise ValueError(
+            f"resume_from_checkpoint={given}: no checkpoint in {folder if last else given}; leave it out to begin anew"
+        )
+    return found
+
+
+def train(trainer: DIPSFTTrainer, data: DataArguments, resume: str | None) -> None:
+    """Train, from the checkpoint `resume` on, and save the adapter (or the whole model) to `output_dir`."""
     training = trainer.args
-    # Trainer looks for the last checkpoint on True, but its field holds text, and "true" would be a folder's name
-    resume = training.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(training.output_dir)
     trainer.accelerator.print(f"Saved to {training.output_dir}")
     if training.push_to_hub:
@@ -79,15 +100,16 @@ def main(argv: list[str] | None = None) -> None:
     """The command; `argv` stands for its words. A mistake that is found before training is said in one line."""
     try:
         data, training, adapter = make_parser().parse_recipe(argv)
+        resume = resumed_checkpoint(training)
         if not data.dry_run:
             trainer = make_trainer(data, training, adapter)
         elif training.process_index == 0:
             for line in describe_run(data, training, adapter, ARCHITECTURES):
                 print(line)
-    except (ValueError, OSError, YAMLError) as error:
+    except (ImportError, ValueError, OSError, YAMLError) as error:
         sys.exit(f"recipes/sft.py: {error}")
     if not data.dry_run:
-        train(trainer, data)
+        train(trainer, data, resume)
 
 
 if __name__ == "__main__":

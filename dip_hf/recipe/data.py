@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from datasets import Dataset, IterableDataset, concatenate_datasets, load_dataset
+from datasets.exceptions import DatasetsError
 
 from dip_hf.recipe.arguments import DataArguments
 from dip_hf.recipe.gsm8k import to_prompt_completion
@@ -65,6 +66,8 @@ def _named(arguments: DataArguments, split_field: str, text_field: str) -> Datas
         splits = load_dataset(**where, streaming=arguments.dataset_streaming)
     except (ValueError, StopIteration) as error:  # an empty file, for one: neither says which dataset it was
         raise ValueError(f"dataset_name={name!r} gives no rows ({error!r}); give a dataset with rows") from error
+    except DatasetsError as error:
+        raise ValueError(f"dataset_name={name!r} cannot be read ({error}: {error.__cause__}); mend it") from error
     if split not in splits:
         known = ", ".join(map(repr, splits))
         raise ValueError(f"{split_field}={split!r}: dataset_name={name!r} has only the splits {known}")

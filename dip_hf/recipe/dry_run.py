@@ -18,6 +18,7 @@ from transformers.training_args import OptimizerNames
 
 from dip_hf.blocks import select_blocks
 from dip_hf.dipnet import DIPNetConfig
+from dip_hf.dipnet.export import NOISE_PREFIX
 from dip_hf.dres import DReSBranch
 from dip_hf.icp import ICPBranch
 from dip_hf.peft_compat import BaseTunerLayer
@@ -179,8 +180,11 @@ def _weight_memory(model: PreTrainedModel, adapter: AdapterArguments) -> str:
 def _describe_adapter(model: nn.Module, training: DIPSFTConfig, adapter: AdapterArguments) -> Iterator[str]:
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     count = sum(p.numel() for p in trainable.values())
+    # Over a quantised base TRL trains LoRA in bf16; `DIPNetObjective.restore_precision` leaves out what is DIPNet's
+    quantised = adapter.load_in_4bit or adapter.load_in_8bit
+    in_bf16 = {n for n in trainable if quantised and f".{NOISE_PREFIX}" not in n and "magnitude_vector" not in n}
     # A parameter, its gradient and Adam's two moments
-    memory = sum(4 * p.numel() * p.element_size() for p in trainable.values())
+    memory = sum(4 * p.numel() * (2 if n in in_bf16 else p.element_size()) for n, p in trainable.items())
     yield f"adapter     {adapter.adapter}: {count:,} trainable parameters, {_size(memory)} with gradients and moments"
     config = model.active_peft_config if isinstance(model, PeftModel) else None
     if not isinstance(config, DIPNetConfig) or config.block_names is None:

@@ -88,12 +88,16 @@ def gradients(model: PeftModel, trajectories: int = 1) -> list[Tensor]:
     return [parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad]
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("trajectories", [1, 2])
 @pytest.mark.filterwarnings("ignore")
-def test_activation_checkpointing_gives_the_same_gradients(model: PeftModel, trajectories: int) -> None:
+def test_activation_checkpointing_gives_the_same_gradients(
+    model: PeftModel, trajectories: int, reentrant: bool
+) -> None:
     model.train()
     expected = gradients(model, trajectories)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.enable_input_require_grads()
     assert all(map(torch.equal, gradients(model, trajectories), expected))
     model.train()
     model(**batch(), use_cache=False).logits.sum().backward()  # outside any context too

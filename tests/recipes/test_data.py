@@ -65,6 +65,15 @@ def test_an_empty_dataset(tmp_path: Path, name: str, streaming: bool) -> None:
         load_train_dataset(DataArguments(dataset_name=str(path), dataset_streaming=streaming))
 
 
+@pytest.mark.parametrize("content", ['{"prompt": "a"', '{"text": "a"}\n["b"]\n'])
+def test_a_broken_file_is_named(tmp_path: Path, content: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    path = tmp_path / "rows.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"dataset_name='.*rows\.jsonl' (cannot be read|gives no rows) .*; "):
+        load_train_dataset(DataArguments(dataset_name=str(path)))
+
+
 def test_families_share_no_question_between_training_and_validation() -> None:
     pytest.importorskip("reasoning_gym")
     arguments = DataArguments(families=["palindrome_generation", "number_sorting"], train_size=20, eval_size=10)

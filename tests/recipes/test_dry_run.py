@@ -63,6 +63,10 @@ def test_every_gsm8k_config(path: Path, no_network: None) -> None:
     assert "vision" not in text
     if "qlora" in path.stem:
         assert "linear layers in 4 bits (nf4)" in text
+        # LoRA in bf16, and 28 blocks' variances of width 3584 in fp32
+        variances = 28 * 3584
+        size = 4 * (2 * (40_470_528 - variances) + 4 * variances)
+        assert f"40,470,528 trainable parameters, {size / 2**20:.2f} MiB with gradients and moments" in text
 
 
 def test_the_baseline_differs_by_its_noise_alone(no_network: None) -> None:

@@ -49,6 +49,10 @@ report_to: none
     changed = [p for name, p in model.named_parameters() if "lora_B" in name]
     assert changed and all(torch.any(p != 0) for p in changed)
 
+    for missing, named in (("true", tmp_path / "none"), (str(tmp_path / "gone"), tmp_path / "gone")):
+        asked = ["--output_dir", str(tmp_path / "none"), "--resume_from_checkpoint", missing]
+        with pytest.raises(SystemExit, match=rf"resume_from_checkpoint={missing}: no checkpoint in {named}; leave"):
+            load_sft().main([*run, *asked])
     load_sft().main([*run, "--max_steps", "3", "--resume_from_checkpoint", "true"])
     state = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3]
@@ -79,5 +83,5 @@ def test_nothing_holds_the_ddp_wrapper_when_the_processes_part() -> None:
     trainer = Trainer()
     trainer.model_wrapped = wrapper
     del wrapper, Trainer.model_wrapped
-    load_sft().train(trainer, None)
+    load_sft().train(trainer, None, None)
     assert trainer.ended
