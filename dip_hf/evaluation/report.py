@@ -8,6 +8,7 @@ import os
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -245,7 +246,7 @@ def to_json(report: Report) -> str:
     content: dict[str, Any] = {
         # A report travels; where the task files lay on this machine does not
         "settings": asdict(report.settings)
-        | {"include_path": None if folder is None else os.path.relpath(folder)}
+        | {"include_path": None if folder is None else _public_folder(folder)}
         | {"bootstrap_resamples": RESAMPLES, "bootstrap_seed": BOOTSTRAP_SEED},
         "environment": describe_environment(report.settings.device),
         "checkpoints": [
@@ -273,6 +274,12 @@ def to_json(report: Report) -> str:
             "task_sets": [asdict(value) for value in report.calibration],
         }
     return json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n"
+
+
+def _public_folder(folder: str) -> str:
+    """A folder as seen from here; of one that is not below, the last part alone."""
+    relative = PurePath(os.path.relpath(folder))
+    return relative.name if ".." in relative.parts else str(relative)
 
 
 def _without_nan(value: Any) -> Any:

@@ -34,13 +34,18 @@ _PLACES_PREFIXES = ("hub_", "push_to_hub", "trackio", "logging_", "save_")
 _SECRET = re.compile(r"(?:^|_)(?:token|secret|password|api_key)$|^trust_remote_code$", re.IGNORECASE)
 _TEXT_TOKENS = frozenset({"bos_token", "eos_token", "pad_token", "unk_token"})
 """Called tokens, but those of a tokenizer."""
+_URL = re.compile(r"(?!file:)[a-z][a-z\d.-]+://", re.IGNORECASE)
+_PARENT = re.compile(r"(?:^|/)\.\.(?:[/\\]|$)")
+_JOINT = re.compile(r"\+(?=[/~]|\.\.|file:|\\\\|[a-z]:[/\\])", re.IGNORECASE)
+"""Where another path of an ensemble begins that may be private; any other + may belong to a folder's name."""
 
 
 def scrub(value: Any) -> Any:
     """Make a setting fit to be published, and plain enough for YAML and JSON.
 
-    Access tokens and `trust_remote_code` are dropped from mappings, at any depth. Of a path that is absolute, or in
-    someone's home folder, the last part is kept. Enumerations become their values, what is no plain value its text.
+    Access tokens and `trust_remote_code` are dropped from mappings, at any depth. Of a path that is absolute, in
+    someone's home folder, or leads out of a folder by `..`, the last part is kept; paths that `+` joins count apart.
+    Enumerations become their values, what is no plain value its text.
     """
     if isinstance(value, Enum):
         return scrub(value.value)
@@ -53,10 +58,13 @@ def scrub(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float):
         return value
     text = str(value)
+    return text if _URL.match(text) else "+".join(_public_path(path) for path in _JOINT.split(text))
+
+
+def _public_path(text: str) -> str:
     windows = PureWindowsPath(text)
-    if PurePosixPath(text).is_absolute() or windows.is_absolute() or text.startswith(("~", "file:", "\\\\")):
-        return windows.name  # which splits at both kinds of slash
-    return text
+    absolute = PurePosixPath(text).is_absolute() or windows.is_absolute() or text.startswith(("~", "file:", "\\\\"))
+    return windows.name if absolute or _PARENT.search(text) else text  # which splits at both kinds of slash
 
 
 def _is_secret(key: str) -> bool:

@@ -92,13 +92,27 @@ def read_run(folder: str | Path, base_model: str | None = None, datasets: list[s
     )
 
 
+def local_base(base: str, folder: Path) -> Path | None:
+    """A base's absolute path, seen from here or from any folder above the run, where training may have begun.
+
+    Args:
+        base: its name, as the run knows it.
+        folder: of the run; need not exist.
+
+    Returns:
+        None where there is none, or no name.
+    """
+    places = (Path.cwd(), *folder.resolve().parents) if base else ()
+    return next((place / base for place in places if (place / base).exists()), None)
+
+
 def _check_public(base: str, folder: Path) -> None:
-    """Refuse a base that is a folder, seen from here or from any folder above the run, where training may have begun.
+    """Refuse a base that is a local folder, or no name on the Hub.
 
     A relative path of two parts may look like a name on the Hub, and be a stranger's there.
     """
     remedy = "give base_model, its name on the Hub, so that others can load the adapter"
-    if any((place / base).exists() for place in (Path(), *folder.resolve().parents)):
+    if local_base(base, folder) is not None:
         raise ValueError(f"base_model={base!r}, which the adapter was trained on, is a local folder: {remedy}")
     try:
         check_repo_id("base_model", base)

@@ -15,7 +15,7 @@ from dip_hf.dipnet.export import export_lora
 from dip_hf.hub.card import render_card
 from dip_hf.hub.record import ENVIRONMENT_NAME, TRAINING_NAME, scrub
 from dip_hf.hub.results import PICTURE_NAME, REPORT_NAME, Results, read_results
-from dip_hf.hub.run import MODEL, FinishedRun, read_run
+from dip_hf.hub.run import MODEL, FinishedRun, local_base, read_run
 from dip_hf.hub.settings import PushSettings
 
 
@@ -123,9 +123,17 @@ def _stage_merged(run: FinishedRun, target: Path, staging: Staging) -> None:
     from peft import PeftModel  # a push without a merged model loads no model
     from transformers import AutoModelForCausalLM
 
-    # As trained, which may be a local folder where the card names the base on the Hub
-    base = str(run.adapter.get("base_model_name_or_path") or run.base_model)
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run.folder)
+    # What it was trained on, where that is here; a path that is not here may be a stranger's name on the Hub
+    base = local_base(run.adapter.get("base_model_name_or_path") or "", run.folder) or run.base_model
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(base)
+    except OSError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"base_model={str(base)!r} cannot be loaded ({reason}), which merged=True needs: give base_model, a name "
+            "on the Hub that you can read, and be online, or push without merged"
+        ) from error
+    model = PeftModel.from_pretrained(loaded, run.folder)
     model.merge_and_unload().save_pretrained(target)
     made = {path.name: path for path in sorted(target.iterdir())}
     tokenizer = {name: run.folder / name for name in _TOKENIZER_FILES if (run.folder / name).is_file()}

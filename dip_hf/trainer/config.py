@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -169,6 +170,22 @@ class DIPSFTConfig(SFTConfig):
             )
 
         self._check_second_pass()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: all but access tokens, as Trainer pushes its pickled arguments with every checkpoint."""
+        return {name: None if name.endswith("hub_token") else value for name, value in vars(self).items()}
+
+    # Copies would go through the pickled state too, but stay in this process, where they may push: transformers'
+    # callback for W&B makes a Trainer of one. A process that unpickles a config takes HF_TOKEN or the Hub's login
+    def __copy__(self) -> DIPSFTConfig:
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DIPSFTConfig:
+        memo[id(self)] = copied = object.__new__(type(self))
+        copied.__dict__.update(deepcopy(self.__dict__, memo))
+        return copied
 
     def _check_second_pass(self) -> None:
         """DReS and ICP pass through blocks twice, which some of Trainer's options do not bear."""

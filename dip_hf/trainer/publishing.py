@@ -7,20 +7,34 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from trl import SFTTrainer
 
 from dip_hf.hub import PushSettings, push
 from dip_hf.hub.card import is_repo_id, render_card
 from dip_hf.hub.record import scrub, training_config, write_record
-from dip_hf.hub.run import MODEL, FinishedRun
+from dip_hf.hub.run import MODEL, FinishedRun, local_base
 from dip_hf.trainer.config import DIPSFTConfig
 
 
 class PublishingTrainer(SFTTrainer):
-    """`trl.SFTTrainer` that records its settings, writes this project's model card, and pushes in one commit."""
+    """`trl.SFTTrainer` that records its settings, writes this project's model card, and pushes in one commit.
+
+    Args:
+        model: as for `SFTTrainer`.
+        args: of the run.
+        **kwargs: as for `SFTTrainer`.
+
+    Raises:
+        ValueError: `push_to_hub` is set, but the adapter's base is a local folder, which the push would refuse.
+    """
 
     args: DIPSFTConfig
+
+    def __init__(self, model: Any, args: DIPSFTConfig, **kwargs: Any) -> None:
+        if args.push_to_hub:
+            _check_base(model, kwargs.get("peft_config"), Path(args.output_dir))
+        super().__init__(model, args=args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As Trainer's, with training_config.yaml and environment.json beside the weights; see `dip_hf.hub.record`."""
@@ -126,6 +140,22 @@ class PublishingTrainer(SFTTrainer):
 
     def _tags(self, tags: str | list[str] | None) -> list[str]:
         return [*([tags] if isinstance(tags, str) else tags or []), *self._tag_names]
+
+
+def _check_base(model: Any, peft_config: PeftConfig | None, folder: Path) -> None:
+    """Refuse an adapter on a local folder before it is trained; a whole model needs no base."""
+    if isinstance(model, PeftModel):
+        base = model.peft_config[model.active_adapter].base_model_name_or_path
+    elif peft_config is None:
+        return
+    else:
+        base = model if isinstance(model, str) else model.config._name_or_path
+    if local_base(base or "", folder) is not None:
+        raise ValueError(
+            f"push_to_hub=True, but the base {base!r} is a local folder, from which others cannot load the adapter: "
+            f"set push_to_hub to False and run `dip-hf push {folder} REPO --base_model NAME` after training, or load "
+            "the base by its name on the Hub"
+        )
 
 
 def _own_fields() -> list[str]:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dip_hf import DIPSFTConfig
+from dip_hf.evaluation.report import make_report, to_json
 from dip_hf.hub.record import scrub, training_config, write_record
+from tests.evaluation.test_report import LORA, SETTINGS
 
 
 def test_a_config_comes_back_from_its_record(tmp_path: Path) -> None:
@@ -51,6 +56,20 @@ def test_a_config_comes_back_from_its_record(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "environment.json").read_text())["packages"]["trl"]
 
 
+def test_a_pickled_config_has_no_token(tmp_path: Path) -> None:
+    """Trainer pickles it into training_args.bin, and pushes that with every checkpoint."""
+    token = "hf_" + "s" * 34
+    args = DIPSFTConfig(output_dir=str(tmp_path), hub_token=token, hub_model_id="you/run", bf16=False, use_cpu=True)
+    torch.save(args, tmp_path / "training_args.bin")
+    pickled = (tmp_path / "training_args.bin").read_bytes()
+    assert b"you/run" in pickled and token.encode() not in pickled
+    loaded = torch.load(tmp_path / "training_args.bin", weights_only=False)
+    assert asdict(loaded) == {**asdict(args), "hub_token": None}
+    for copied in (copy.copy(args), copy.deepcopy(args), replace(args), args):
+        assert copied.hub_token == token
+        assert asdict(copied) == asdict(args)
+
+
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
@@ -59,7 +78,22 @@ def test_a_config_comes_back_from_its_record(tmp_path: Path) -> None:
         ("C:\\Users\\me\\base", "base"),
         ("\\\\server\\share\\me\\base", "base"),
         ("file:///home/me/base", "base"),
+        ("../../home/alice/dip/evals", "evals"),
+        ("runs/../../alice/base", "base"),
+        ("..\\..\\alice\\base", "base"),
+        ("..", ".."),
+        ("runs/a+/home/alice/b", "runs/a+b"),
+        ("/home/alice/a+../../alice/b+~/c+runs/d", "a+b+d"),  # the last one may be a folder called "c+runs"
+        ("/home/alice+work/base", "base"),
+        ("runs/a+runs/b", "runs/a+runs/b"),
+        ("./runs/a", "./runs/a"),
         ("you/base", "you/base"),
+        ("you/base..v2", "you/base..v2"),
+        ("https://example.org/a/../b+/c", "https://example.org/a/../b+/c"),
+        ("s3://bucket/base", "s3://bucket/base"),
+        ("layers\\..\\.[a-z]+\\.q_proj", "layers\\..\\.[a-z]+\\.q_proj"),
+        ("C:base", "C:base"),
+        ("5 + 3 ... 8", "5 + 3 ... 8"),
         (".*\\.(q|v)_proj", ".*\\.(q|v)_proj"),
         (Path("/home/me/x"), "x"),
         (
@@ -75,9 +109,28 @@ def test_scrub(value: object, expected: object) -> None:
     assert scrub(value) == expected
 
 
+@pytest.mark.parametrize(
+    ("folder", "expected"),
+    [
+        ("HERE/own/evals", "own/evals"),
+        ("own/evals", "own/evals"),
+        ("HERE/../alice/evals", "evals"),
+        ("../../alice/evals", "evals"),
+        ("..", ".."),
+    ],
+)
+def test_a_report_keeps_paths_below_the_current_folder_only(
+    folder: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = replace(SETTINGS, include_path=folder.replace("HERE", str(tmp_path)))
+    content = json.loads(to_json(make_report(settings, [LORA])))
+    assert content["settings"]["include_path"] == expected
+
+
 @given(
     st.recursive(
-        st.none() | st.booleans() | st.floats(allow_nan=False) | st.text(),
+        st.none() | st.booleans() | st.floats(allow_nan=False) | st.text() | st.text("/\\.~+:C"),
         lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.just("hub_token"), inner),
         max_leaves=10,
     )

@@ -139,6 +139,8 @@ def test_checkpoints_pushed_while_training_are_the_runs_own(
     assert len(repo.commits) > 2
     assert "lora/adapter_model.safetensors" in repo.files
     assert "training_args.bin" not in repo.files  # a pickle, which transformers pushes with every checkpoint
+    pickles = [files["training_args.bin"] for _, _, files in repo.commits if "training_args.bin" in files]
+    assert pickles and not any(TOKEN.encode() in content for content in pickles)
 
 
 def test_the_run_is_not_lost_where_the_push_is_refused(

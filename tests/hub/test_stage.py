@@ -87,6 +87,23 @@ def test_the_merged_model_computes_what_the_adapter_does(base_folder: Path, tmp_
     assert 'subfolder="merged"' in staging.files["README.md"].read_text()
 
 
+def test_merging_takes_no_local_path_for_a_name_on_the_hub(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The adapter's base is a relative path that is not here; as a name on the Hub it would be a stranger's."""
+    project = tmp_path / "project"
+    shutil.copytree(base_folder, project / "models" / "base")
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    with monkeypatch.context() as within:
+        within.chdir(project)
+        save_adapter(Path("models/base"), Path("runs/lora"), lora)
+    changes = {"base_model": BASE, "merged": True}
+    assert "merged/model.safetensors" in staged(project / "runs" / "lora", tmp_path / "one", **changes).files
+    moved = shutil.move(project / "runs", tmp_path / "runs")
+    with pytest.raises(ValueError, match=rf"^base_model='{BASE}' cannot be loaded \([^\n]*\).* push without merged$"):
+        staged(Path(moved) / "lora", tmp_path / "two", **changes)
+
+
 def test_results_and_benchmarks(run_folder: Path, tmp_path: Path) -> None:
     report = write_report(run_folder / "report.json", run_folder)
     (run_folder / "report.png").write_bytes(b"picture")

@@ -1,0 +1,58 @@
+"""What the trainer refuses to push, before it trains."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from huggingface_hub.errors import OfflineModeIsEnabled
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dip_hf import DIPSFTConfig, DIPSFTTrainer
+from tests.hub.conftest import BASE
+
+
+def lora() -> LoraConfig:
+    return LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+
+
+def trainer(model: Any, base_folder: Path, tmp_path: Path, push_to_hub: bool = True, **options: Any) -> DIPSFTTrainer:
+    return DIPSFTTrainer(
+        model=model,
+        args=DIPSFTConfig(str(tmp_path / "run"), push_to_hub=push_to_hub, bf16=False, use_cpu=True, report_to="none"),
+        train_dataset=Dataset.from_list([{"prompt": "How many?", "completion": " One."}] * 2),
+        processing_class=AutoTokenizer.from_pretrained(base_folder),
+        **options,
+    )
+
+
+def adapted(base_folder: Path) -> PeftModel:
+    return get_peft_model(AutoModelForCausalLM.from_pretrained(base_folder), lora())
+
+
+@pytest.mark.parametrize("given", ["path", "model", "adapted"])
+def test_an_adapter_on_a_local_base_is_refused_where_it_would_be_pushed(
+    given: str, base_folder: Path, tmp_path: Path
+) -> None:
+    model, options = str(base_folder), {"peft_config": lora()}
+    if given == "model":
+        model = AutoModelForCausalLM.from_pretrained(base_folder)
+    elif given == "adapted":
+        model, options = adapted(base_folder), {}
+    message = re.escape(f"push_to_hub=True, but the base {str(base_folder)!r} is a local folder")
+    with pytest.raises(ValueError, match=rf"{message}.* `dip-hf push .*run REPO --base_model NAME` after training"):
+        trainer(model, base_folder, tmp_path, **options)
+
+
+def test_what_can_be_pushed_is_not_refused(base_folder: Path, tmp_path: Path) -> None:
+    """With push_to_hub a trainer makes its repository at once, which fails here for want of a network alone."""
+    named = adapted(base_folder)
+    named.peft_config["default"].base_model_name_or_path = BASE
+    for model in (named, str(base_folder)):  # the latter trains the whole model, which needs no base
+        with pytest.raises(OfflineModeIsEnabled):
+            trainer(model, base_folder, tmp_path)
+    trainer(str(base_folder), base_folder, tmp_path, push_to_hub=False, peft_config=lora())  # pushed with base_model
