@@ -9,6 +9,9 @@ its folder, so that one run can compare several ways:
 
     --calibration true --checkpoints lora=DIR temperature=DIR,temperature dropout=DIR,dropout,samples=10 \
         ensemble=DIR+DIR+DIR mean=DIR ibvi=DIR,samples=10
+
+Samples are averaged per token: their probabilities of the next token, given all tokens before it. They share a forward
+pass, so that `--batch_size` prompts become samples x batch_size rows in it.
 """
 
 from __future__ import annotations
@@ -62,8 +65,9 @@ class EvaluationArguments:
     num_samples: int = field(
         default=0,
         metadata={
-            "help": "Samples to average over for DIPNet adapters and `,dropout` without `samples=` of their own; 0 is "
-            "the plain pass: noise-free, by the posterior's mean."
+            "help": "Samples to average over for DIPNet adapters and `,dropout` without `samples=` of their own; the "
+            "probabilities are averaged for each token, given the tokens before it. 0 is the plain pass: noise-free, "
+            "by the posterior's mean."
         },
     )
     noise_seed: int = field(default=0, metadata={"help": "Seed of those samples."})
@@ -81,7 +85,12 @@ class EvaluationArguments:
             "are fitted on; the first if not given. Used by calibration."
         },
     )
-    batch_size: int = field(default=128, metadata={"help": "Prompts per forward pass."})
+    batch_size: int = field(
+        default=128,
+        metadata={
+            "help": "Prompts per forward pass. Where samples are averaged, they become num_samples x batch_size rows."
+        },
+    )
     device: str | None = field(
         default=None, metadata={"help": "Such as `cuda`; a GPU where there is one if not given."}
     )
@@ -98,30 +107,38 @@ class EvaluationArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the recipe; `argv` stands for the command line's words."""
+    """Run the recipe; `argv` stands for the command line's words.
+
+    Raises:
+        SystemExit: with one line, where something asked for cannot be had.
+    """
     try:
-        kinds: list[Any] = [EvaluationArguments]  # trl asks for a type that no dataclass has in mypy's eyes
-        (arguments,) = TrlParser(kinds, allow_abbrev=False).parse_args_and_config(argv)
-        settings = EvaluationSettings(
-            model=arguments.model,
-            tasks=tuple(arguments.tasks),
-            include_path=arguments.include_path,
-            families=None if arguments.families is None else tuple(arguments.families),
-            split=arguments.split,
-            limit=arguments.limit,
-            batch_size=arguments.batch_size,
-            num_samples=arguments.num_samples,
-            noise_seed=arguments.noise_seed,
-            calibration=arguments.calibration,
-            in_distribution=arguments.in_distribution,
-            device=arguments.device,
-            dtype=arguments.dtype,
-        )
-        checkpoints = [Checkpoint.parse(text) for text in arguments.checkpoints]
-        make_folder(arguments.output_dir)
-        tasks = prepare_tasks(settings, checkpoints)
-    except (ValueError, OSError, YAMLError) as error:
+        _evaluate(argv)
+    except (ValueError, OSError, ImportError, YAMLError) as error:
         sys.exit(f"recipes/evaluate.py: {error}")
+
+
+def _evaluate(argv: list[str] | None) -> None:
+    kinds: list[Any] = [EvaluationArguments]  # trl asks for a type that no dataclass has in mypy's eyes
+    (arguments,) = TrlParser(kinds, allow_abbrev=False).parse_args_and_config(argv)
+    settings = EvaluationSettings(
+        model=arguments.model,
+        tasks=tuple(arguments.tasks),
+        include_path=arguments.include_path,
+        families=None if arguments.families is None else tuple(arguments.families),
+        split=arguments.split,
+        limit=arguments.limit,
+        batch_size=arguments.batch_size,
+        num_samples=arguments.num_samples,
+        noise_seed=arguments.noise_seed,
+        calibration=arguments.calibration,
+        in_distribution=arguments.in_distribution,
+        device=arguments.device,
+        dtype=arguments.dtype,
+    )
+    checkpoints = [Checkpoint.parse(text) for text in arguments.checkpoints]
+    make_folder(arguments.output_dir)
+    tasks = prepare_tasks(settings, checkpoints)
     results = []
     for scores in evaluate_checkpoints(settings, checkpoints, tasks):
         results.append(scores)

@@ -12,11 +12,20 @@ from dip_hf.evaluation.calibration import fit_temperature
 from dip_hf.evaluation.lm import DIPLM
 
 
+WHOLE_ANSWER = "whole_answer"
+"""Metadata of a task with a scorer of its own: true where the generated text is the answer, with nothing before it."""
+
+_HARMLESS_FILTERS = {"take_first", "remove_whitespace"}
+
+
 def check_output_types(tasks: Iterable[Any]) -> None:
     """Refuse lm-eval tasks whose answers have no probability that could be calibrated.
 
+    Where an answer is looked for in the generated text, behind a chain of thought as a rule, the probability of the
+    text is not that of the answer.
+
     Raises:
-        ValueError: a task neither generates nor chooses.
+        ValueError: a task neither generates nor chooses; or a generated text is not, or may not be, the answer itself.
     """
     for task in tasks:
         if task.OUTPUT_TYPE not in ("generate_until", "multiple_choice"):
@@ -24,6 +33,24 @@ def check_output_types(tasks: Iterable[Any]) -> None:
                 f"calibration: task {task.task_name} is of type {task.OUTPUT_TYPE}; leave it out, or turn calibration "
                 "off (generate_until and multiple_choice have it)"
             )
+        if task.OUTPUT_TYPE == "generate_until":
+            _check_whole_answer(task)
+
+
+def _check_whole_answer(task: Any) -> None:
+    used = [step["function"] for pipeline in task.config.filter_list or () for step in pipeline["filter"]]
+    extracting = [name for name in used if name not in _HARMLESS_FILTERS]
+    if extracting:
+        raise ValueError(
+            f"calibration: task {task.task_name} extracts its answers from generated text (filter {extracting[0]}), "
+            "whose probability is not that of the answer; leave it out, or turn calibration off"
+        )
+    if task.config.process_results is not None and not (task.config.metadata or {}).get(WHOLE_ANSWER):
+        raise ValueError(
+            f"calibration: task {task.task_name} scores generated text by a function of its own (process_results), "
+            "which may look for the answer in it; leave it out, turn calibration off, or, where the text is the "
+            f"answer, write `{WHOLE_ANSWER}: true` into the task's metadata"
+        )
 
 
 def check_right_or_wrong(task: str, metric: str, scores: Iterable[float]) -> None:

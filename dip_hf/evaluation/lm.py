@@ -14,11 +14,12 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import dip_hf  # noqa: F401  # registers the DIPNet adapter with PEFT, for stock `--model hf` too
-from dip_hf.evaluation.sampling import Ensemble, Sampler, average_log_probabilities, make_sampler
+from dip_hf.evaluation.sampling import Ensemble, Sampler, averaged_outputs, make_sampler
 from dip_hf.noise import NoiseKey
 
 
@@ -29,28 +30,21 @@ except ImportError as error:
     raise ImportError("dip_hf.evaluation needs lm-eval: pip install 'dip_hf[eval]'") from error
 
 
-class SampleAverage(LogitsProcessor):
-    """Makes k samples of a batch under generation agree on every token.
+class NextSampling(LogitsProcessor):
+    """Keeps a sampling context open, and exchanges it for the next one after every token of a generation.
 
-    As a context manager it keeps a sampling context open, and exchanges it for the next one after every token: a
-    context draws the same noise again under the same key, and a new token needs new noise.
+    A context draws the same noise again under the same key, and a new token needs new noise. Scores stay as they are.
 
     Args:
         open_sampling: from the token's index to a sampling context.
-        num_samples: k.
-        copies: of each row in the batch under generation: k, or 1 where the model itself makes k predictions of a row.
     """
 
-    def __init__(
-        self, open_sampling: Callable[[int], AbstractContextManager[Any]], num_samples: int, copies: int
-    ) -> None:
+    def __init__(self, open_sampling: Callable[[int], AbstractContextManager[Any]]) -> None:
         self._open_sampling = open_sampling
-        self._num_samples = num_samples
-        self._copies = copies
         self._stack = ExitStack()
         self._tokens = 0
 
-    def __enter__(self) -> SampleAverage:
+    def __enter__(self) -> NextSampling:
         self._stack.enter_context(self._open_sampling(0))
         return self
 
@@ -60,11 +54,11 @@ class SampleAverage(LogitsProcessor):
         self._stack.close()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Replace scores, shape (k · batch, vocabulary), sample-major, by their average, once for each copy."""
+        """Go on to the next token; returns `scores`."""
         self._tokens += 1
         self._stack.close()
         self._stack.enter_context(self._open_sampling(self._tokens))
-        return average_log_probabilities(scores, self._num_samples).repeat(self._copies, 1)
+        return scores
 
 
 @register_model("hf-dip")
@@ -134,7 +128,13 @@ class DIPLM(HFLM):
             return sampler.log_probabilities(self.model, self._next_key(), inps)
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
-        """As `hf`'s, greedy where samples are averaged. Token indices of shape (batch, length)."""
+        """As `hf`'s, greedy where samples are averaged. Token indices of shape (batch, length).
+
+        What the base's generation settings do to scores, such as a repetition penalty, they do to the average.
+
+        Raises:
+            ValueError: sampled tokens or beams are asked of an average, or at a temperature.
+        """
         sampler = self._sampler
         if sampler is None and self.temperature == 1.0:
             return super()._model_generate(context, max_length, stop, **generation_kwargs)
@@ -151,15 +151,14 @@ class DIPLM(HFLM):
         key = self._next_key()
         # Where the model folds the samples into the batch itself, blocks have caches of different batch sizes: those
         # below the first random block hold each row once.
-        average = SampleAverage(
-            lambda token: sampler.sampling(key._replace(micro_step=token)), sampler.num_samples, copies
-        )
-        with average:
+        sampling = NextSampling(lambda token: sampler.sampling(key._replace(micro_step=token)))
+        inner = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        with averaged_outputs(inner, sampler), sampling:
             generated = super()._model_generate(
                 context.repeat(copies, 1),
                 max_length,
                 stop,
-                logits_processor=LogitsProcessorList([average]),
+                logits_processor=LogitsProcessorList([sampling]),
                 **sampler.arguments(batch),
                 **generation_kwargs,
             )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import lm_eval.api.task
@@ -41,8 +43,16 @@ def prepare_tasks(settings: EvaluationSettings, checkpoints: Sequence[Checkpoint
         lm-eval's `TaskDict`, for `evaluate_checkpoints`.
 
     Raises:
-        ValueError: bad settings, checkpoints or task names; names the field, the value and the remedy.
+        ValueError: bad settings, checkpoints or task names, or more than one process; names the field, the value and
+            the remedy.
+        ImportError: a task's scorer needs a package that is not installed.
     """
+    processes = os.environ.get("WORLD_SIZE", "1")  # of accelerate and torchrun
+    if int(processes) > 1:
+        raise ValueError(
+            f"WORLD_SIZE={processes}: an evaluation is one process; start it with python rather than with a launcher, "
+            "and for several GPUs start one evaluation on each, such as by device='cuda:1'"
+        )
     check_checkpoints(checkpoints, settings.model, settings.num_samples)
     tempered = [checkpoint.name for checkpoint in checkpoints if checkpoint.temperature]
     if tempered and not settings.calibration:
@@ -77,6 +87,9 @@ def evaluate_checkpoints(
 
     Yields:
         The scores, in the order of `checkpoints`.
+
+    Raises:
+        ValueError: a model cannot be loaded, or an answer cannot be calibrated.
     """
     for index, checkpoint in enumerate(checkpoints, start=1):
         where = checkpoint.path or settings.model
@@ -84,30 +97,49 @@ def evaluate_checkpoints(
         yield _evaluate_one(settings, checkpoint, tasks)
 
 
-def _evaluate_one(settings: EvaluationSettings, checkpoint: Checkpoint, tasks: dict[str, Any]) -> CheckpointScores:
-    start = time.perf_counter()
-    kind, num_samples = checkpoint.kind, checkpoint.num_samples(settings.num_samples)
-    temperature = None
-    with _quiet():
-        # The base is loaded anew for each: taking an adapter off again is exact for some kinds of adapter only
-        model = DIPLM(
-            pretrained=checkpoint.path if kind == "model" else settings.model,
+def load_model(settings: EvaluationSettings, checkpoint: Checkpoint) -> DIPLM:
+    """A checkpoint as it predicts, with the tokenizer saved beside its (first) adapter, or else the base's.
+
+    The base is loaded anew for each: taking an adapter off again is exact for some kinds of adapter only.
+
+    Raises:
+        ValueError: the base, the adapter or the tokenizer cannot be loaded, or cannot predict as asked.
+    """
+    field, base = "model", settings.model
+    if checkpoint.path is not None and not checkpoint.is_adapter:
+        field, base = f"checkpoints: {checkpoint.name}", checkpoint.path
+    own = checkpoint.is_adapter and (Path(checkpoint.folders[0]) / "tokenizer_config.json").is_file()
+    try:
+        return DIPLM(
+            pretrained=base,
             peft=checkpoint.path if checkpoint.is_adapter else None,
-            num_samples=num_samples,
+            tokenizer=checkpoint.folders[0] if own else None,  # its end of text may be another
+            num_samples=checkpoint.num_samples(settings.num_samples),
             noise_seed=settings.noise_seed,
             dropout=checkpoint.dropout,
             batch_size=settings.batch_size,
             device=resolve_device(settings.device),
             dtype=settings.dtype,
         )
+    except OSError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{field}={base!r} cannot be loaded ({reason}): give another folder or name") from error
+
+
+def _evaluate_one(settings: EvaluationSettings, checkpoint: Checkpoint, tasks: dict[str, Any]) -> CheckpointScores:
+    start = time.perf_counter()
+    temperature = None
+    with _quiet():
+        model = load_model(settings, checkpoint)
         if checkpoint.temperature:
             home = _in_distribution(settings, tasks)
             held_out = load_tasks(home, settings.include_path, limit=1, validation_items=VALIDATION_ITEMS)["tasks"]
             temperature = fit_to_validation(model, [held_out[name] for name in home], VALIDATION_ITEMS)
         results = evaluate(lm=model, task_dict=tasks, limit=settings.limit, bootstrap_iters=0)
-        assert results is not None  # None is for ranks other than 0
+        assert results is not None  # None is for ranks other than 0, which `prepare_tasks` refuses
         scores = [_task_scores(settings, model, tasks, *named) for named in results["samples"].items()]
-    return CheckpointScores(checkpoint, kind, num_samples, time.perf_counter() - start, tuple(scores), temperature)
+    num_samples, seconds = checkpoint.num_samples(settings.num_samples), time.perf_counter() - start
+    return CheckpointScores(checkpoint, checkpoint.kind, num_samples, seconds, tuple(scores), temperature)
 
 
 def _task_scores(

@@ -72,6 +72,29 @@ class Sampler(ABC):
         return average_log_probabilities(logits, self.num_samples)
 
 
+@contextmanager
+def averaged_outputs(model: nn.Module, sampler: Sampler) -> Iterator[None]:
+    """Forward passes inside give the log of the averaged next-token probabilities in the place of their logits.
+
+    Of the last position alone, and once for each copy of a row: `generate` and every processor of scores in it see as
+    many rows as they gave, and all copies agree on a token.
+
+    Args:
+        model: the one that `generate` calls, inside of PEFT's.
+        sampler: of the passes, in its `sampling` context.
+    """
+
+    def average(module: nn.Module, inputs: Any, output: Any) -> None:
+        last = average_log_probabilities(output.logits[:, -1:], sampler.num_samples)
+        output.logits = last.repeat(sampler.copies, 1, 1)
+
+    handle = model.register_forward_hook(average)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 class NoiseSampler(Sampler):
     """Samples of a DIPNet adapter's noise and of its posterior, folded into the batch from the first random block on.
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from dip_hf.evaluation.calibration import TEMPERATURES
 from dip_hf.evaluation.likelihoods import (
@@ -22,6 +26,7 @@ from dip_hf.evaluation.lm import DIPLM
 from dip_hf.evaluation.tasks import load_tasks
 
 
+EVALS = Path(__file__).parents[2] / "evals"
 PROMPTS = ["Compute: 7 + 9\nAnswer:", "Spell backward: dipolar\nAnswer:", "Compute: 1 + 1\nAnswer:"]
 
 
@@ -127,6 +132,59 @@ def test_tasks_without_probabilities_or_validation_items_are_refused() -> None:
     evaluated = choice_task(has_validation_docs=lambda: True, has_test_docs=lambda: False)
     with pytest.raises(ValueError, match="temperature: task colours has no validation split besides"):
         check_validation([evaluated])
+
+
+SCORER = "def score(doc, results):\n    return {'exact_match': float(results[0] == doc['a'])}\n"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, None),
+        ({"filter_list": [["remove_whitespace", "take_first"]]}, None),
+        (
+            {"filter_list": [["take_first"], ["regex", "take_first"]]},
+            r"task sums extracts .*\(filter regex\).*turn cal",
+        ),
+        (
+            {"process_results": True},
+            r"task sums scores .* function of its own.*turn calibration off.*whole_answer: true",
+        ),
+        ({"process_results": True, "metadata": {"whole_answer": True}}, None),
+        ({"include": str(EVALS / "standard" / "dip_gsm8k.yaml")}, r"calibration: task sums scores .* leave it out"),
+    ],
+)
+def test_answers_that_are_looked_for_in_a_text_are_refused(
+    fields: dict, message: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "rows.json").write_text('{"question": "1 + 1", "a": "2", "answer": "#### 2"}\n')
+    (tmp_path / "scorer.py").write_text(SCORER)
+    task = {
+        "task": "sums",
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.json")}},
+        "output_type": "generate_until",
+        "test_split": "test",
+    }
+    if "include" not in fields:
+        task |= {"doc_to_text": "{{question}}", "doc_to_target": "{{a}}", "metric_list": [{"metric": "exact_match"}]}
+    task |= {name: value for name, value in fields.items() if name != "process_results"}
+    if "filter_list" in fields:
+        task["filter_list"] = [
+            {"name": str(index), "filter": [{"function": name} for name in steps]}
+            for index, steps in enumerate(fields["filter_list"])
+        ]
+    text = yaml.safe_dump(task) + ("process_results: !function scorer.score\n" if "process_results" in fields else "")
+    (tmp_path / "sums.yaml").write_text(text)
+    tasks = load_tasks(["sums"], tmp_path)["tasks"].values()
+    with nullcontext() if message is None else pytest.raises(ValueError, match=message):
+        check_output_types(tasks)
+
+
+def test_this_projects_families_are_whole_answers() -> None:
+    check_output_types(load_tasks(["dip_reasoning", "dip_reasoning_pretraining"], EVALS, limit=1)["tasks"].values())
 
 
 def test_graded_scores_are_refused_by_name() -> None:

@@ -30,6 +30,15 @@ def load(kind: type[HFLM], base: str, adapter: str | None, **options: int) -> HF
     return kind(pretrained=base, peft=adapter, device="cpu", batch_size=4, **options)
 
 
+def penalised(log_probabilities: torch.Tensor, text: torch.Tensor, penalty: float) -> torch.Tensor:
+    """A repetition penalty, token by token."""
+    result = log_probabilities.clone()
+    for row, tokens in enumerate(text.tolist()):
+        for token in set(tokens):
+            result[row, token] *= penalty
+    return result
+
+
 def test_the_average_is_the_log_of_the_mean_probability() -> None:
     logits = torch.randn(6, 5, 7, dtype=torch.float64)
     mean = logits.view(3, 2, 5, 7).softmax(-1).mean(0)
@@ -75,17 +84,19 @@ def test_likelihoods_follow_the_average(base_folder: str, dipnet_folder: str) ->
     assert math.isclose(value, expected.item(), rel_tol=1e-4)
 
 
+@pytest.mark.parametrize("penalty", [1.0, 4.0])
 @pytest.mark.parametrize("adapter", ["dipnet_folder", "posterior_folder"])
 def test_generation_is_a_plain_loop_of_averaged_greedy_choices(
-    base_folder: str, adapter: str, request: pytest.FixtureRequest
+    base_folder: str, adapter: str, penalty: float, request: pytest.FixtureRequest
 ) -> None:
     """Each sample's rows run through the whole model in the loop, with a cache of its own."""
     model = load(DIPLM, base_folder, request.getfixturevalue(adapter), num_samples=3, noise_seed=2)
+    model.model.generation_config.repetition_penalty = penalty  # as a base's own generation_config.json may have it
     prompts = torch.tensor([model.tok_encode("Compute: 7 + 9"), model.tok_encode("Compute: 3 - 1")])
     generated = model._model_generate(prompts, prompts.shape[1] + 6, stop=["\n"], do_sample=False)
     chosen = []
     with torch.no_grad():
-        inputs, caches = prompts, [None] * 3
+        inputs, text, caches = prompts, prompts, [None] * 3
         for token in range(6):
             probabilities = 0
             for sample in range(3):
@@ -94,8 +105,9 @@ def test_generation_is_a_plain_loop_of_averaged_greedy_choices(
                     output = model.model(inputs, past_key_values=caches[sample], use_cache=True)
                 caches[sample] = output.past_key_values
                 probabilities = probabilities + output.logits[:, -1].chunk(3)[sample].softmax(-1) / 3
-            chosen.append(probabilities.argmax(-1))
+            chosen.append(penalised(probabilities.log(), text, penalty).argmax(-1))
             inputs = chosen[-1][:, None]
+            text = torch.cat([text, inputs], dim=1)
     assert generated[:, prompts.shape[1] :].tolist() == torch.stack(chosen, 1).tolist()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,11 +14,12 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from dip_hf.evaluation.checkpoints import Checkpoint
 from dip_hf.evaluation.report import make_report
 from dip_hf.evaluation.results import CheckpointScores, EvaluationSettings
-from dip_hf.evaluation.run import evaluate_checkpoints, prepare_tasks
+from dip_hf.evaluation.run import evaluate_checkpoints, load_model, prepare_tasks
 
 
 ROOT = Path(__file__).parents[2]
@@ -76,6 +78,7 @@ doc_to_target: "{{{{answer}}}}"
 process_results: !function graded.grade
 generation_kwargs: {{until: ["\\n"], max_gen_toks: 2}}
 metric_list: [{{metric: grade, aggregation: mean, higher_is_better: true}}]
+metadata: {{whole_answer: true}}
 """
     )
     settings = settings_for(base_folder, tasks=("graded",), include_path=str(tmp_path), limit=1, calibration=True)
@@ -110,6 +113,33 @@ def test_every_way_to_predict_is_calibrated_in_one_run(
     blocks = make_report(settings, results).calibration
     assert [block.name for block in blocks] == list(TASKS)
     assert "shift_auroc" in blocks[0].rows[0].measures and "shift_auroc" not in blocks[1].rows[0].measures
+
+
+def test_an_adapters_own_tokenizer_says_where_a_text_ends(
+    base_folder: str, lora_folder: str, other_lora_folder: str, tmp_path: Path
+) -> None:
+    settings = settings_for(base_folder)
+    own = shutil.copytree(lora_folder, tmp_path / "own")
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    assert tokenizer.eos_token != "!"
+    tokenizer.eos_token = "!"  # as TRL's eos_token=<|im_end|> does
+    tokenizer.save_pretrained(own)
+    for path, end in (
+        (str(own), "!"),
+        (f"{own}+{other_lora_folder}", "!"),
+        (f"{other_lora_folder}+{own}", "<|end|>"),
+        (lora_folder, "<|end|>"),
+        (None, "<|end|>"),
+    ):
+        model = load_model(settings, Checkpoint("one", path))
+        assert model.tokenizer.eos_token == end
+        assert model.eot_token_id == model.tokenizer.convert_tokens_to_ids(end)
+
+
+def test_several_processes_are_refused(base_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"WORLD_SIZE=2: an evaluation is one process; start it with python"):
+        prepare_tasks(settings_for(base_folder), [Checkpoint("base")])
 
 
 def test_without_calibration_there_are_no_confidences(base_folder: str) -> None:
@@ -184,6 +214,37 @@ def test_bad_input_ends_the_recipe_before_a_model_is_loaded(
     with pytest.raises(SystemExit) as stop:
         recipe.main(["--model", base_folder, "--tasks", "dip_unseen_products", *arguments])
     assert message in str(stop.value)
+
+
+def test_a_base_that_cannot_be_loaded_ends_the_recipe_in_one_line(
+    recipe: ModuleType, base_folder: str, tmp_path: Path
+) -> None:
+    damaged = shutil.copytree(base_folder, tmp_path / "damaged")
+    (damaged / "config.json").write_text("{")
+    arguments = ["--tasks", "dip_unseen_products", "--limit", "1", "--output_dir", str(tmp_path), "--device", "cpu"]
+    with pytest.raises(SystemExit) as stop:
+        recipe.main(["--model", str(damaged), *arguments])
+    assert str(stop.value).startswith(f"recipes/evaluate.py: model={str(damaged)!r} cannot be loaded (")
+    assert "\n" not in str(stop.value)
+
+
+def test_without_math_verify_gsm8k_stops_before_its_data_is_loaded(
+    recipe: ModuleType, base_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    monkeypatch.delitem(sys.modules, "dip_hf.evaluation.answers", raising=False)
+    arguments = ["--tasks", "dip_gsm8k", "--output_dir", str(tmp_path), "--device", "cpu"]
+    with pytest.raises(SystemExit) as stop:
+        recipe.main(["--model", base_folder, *arguments])
+    assert "scoring numeric answers needs Math-Verify: pip install 'dip_hf[eval]'" in str(stop.value)
+
+
+def test_the_help_says_how_samples_are_averaged(recipe: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        recipe.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "given the tokens before it" in text
+    assert "num_samples x batch_size rows" in text
 
 
 def test_an_unknown_key_of_a_config_file_is_refused(recipe: ModuleType, base_folder: str, tmp_path: Path) -> None:

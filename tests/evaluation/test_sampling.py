@@ -20,10 +20,13 @@ def tokens() -> torch.Tensor:
     return torch.arange(20).view(2, 10) + 40
 
 
-def greedy_loop(model: DIPLM, prompts: torch.Tensor, tokens: int) -> torch.Tensor:
+def greedy_loop(model: DIPLM, prompts: torch.Tensor, tokens: int, repetition_penalty: float = 1.0) -> torch.Tensor:
     """Generation without a cache: the likelihood pass over the whole text, for every token."""
     for _ in range(tokens):
-        prompts = torch.cat([prompts, model._model_call(prompts)[:, -1].argmax(-1, keepdim=True)], dim=1)
+        scores = model._model_call(prompts)[:, -1]
+        for row, text in enumerate(prompts.tolist()):
+            scores[row, sorted(set(text))] *= repetition_penalty
+        prompts = torch.cat([prompts, scores.argmax(-1, keepdim=True)], dim=1)
     return prompts
 
 
@@ -37,10 +40,12 @@ def test_an_ensemble_averages_its_members_probabilities(
         with torch.no_grad():
             mean = mean + member(tokens).logits.softmax(-1) / 3
     torch.testing.assert_close(ensemble._model_call(tokens).exp(), mean)
-    generated = ensemble._model_generate(
-        tokens, 16, stop=["\n"], do_sample=False, attention_mask=torch.ones_like(tokens)
-    )
-    assert generated.tolist() == greedy_loop(ensemble, tokens, 6).tolist()
+    for penalty in (1.0, 4.0):
+        ensemble.model.generation_config.repetition_penalty = penalty
+        generated = ensemble._model_generate(
+            tokens, 16, stop=["\n"], do_sample=False, attention_mask=torch.ones_like(tokens)
+        )
+        assert generated.tolist() == greedy_loop(ensemble, tokens, 6, penalty).tolist()
 
 
 def test_dropout_averages_passes_that_differ(base_folder: str, dropout_folder: str, tokens: torch.Tensor) -> None:
