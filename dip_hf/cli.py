@@ -58,10 +58,8 @@ def _add_diagnose(commands: Any) -> None:
 
 def _diagnose(options: argparse.Namespace) -> int:
     from dip_hf.diagnostics.run import DiagnoseSettings, diagnose, to_text, write
-    from dip_hf.evaluation.write import make_folder
 
     settings = DiagnoseSettings(**_fields(options))
-    make_folder(settings.folder)  # before minutes of measuring
     result = diagnose(settings)
     print(to_text(result))
     for path in write(result, settings.folder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -102,8 +103,12 @@ class DiagnoseSettings:
                 coding_matrices(GROUP_SIZE, size)
             except ValueError as error:
                 raise ValueError(f"coded_sizes={list(self.coded_sizes)}: {error}") from error
-        if Path(self.folder).is_file():
-            raise ValueError(f"output_dir={self.folder!r} is a file; name a folder.")
+        folder = Path(self.folder).resolve()
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        if not there.is_dir():
+            raise ValueError(f"output_dir={self.folder!r}: {there} is a file; name a folder.")
+        if not os.access(there, os.W_OK):
+            raise ValueError(f"output_dir={self.folder!r}: {there} cannot be written; name another folder.")
 
     def rates(self) -> Sequence[float]:
         """Typo rates to measure."""

@@ -114,8 +114,9 @@ def test_bad_checkpoints(lora_folder: str, base_folder: str, dataset: str, tmp_p
     with pytest.raises(ValueError, match="pickled"):
         load_checkpoint(str(copy), base_folder, "cpu")
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="is a file; name a folder"):
-        DiagnoseSettings(lora_folder, output_dir=str(tmp_path / "file"))
+    for place in ("file", "file/within/it"):
+        with pytest.raises(ValueError, match=r"output_dir='.*': .*file is a file; name a folder"):
+            DiagnoseSettings(lora_folder, output_dir=str(tmp_path / place))
 
 
 def test_results_go_to_a_folder_of_the_adapters_name() -> None:

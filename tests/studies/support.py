@@ -16,6 +16,8 @@ from studies.store import Store
 
 
 ITEMS = 40
+BASE = str(Path(__file__).parents[2] / "recipes" / "base_model")
+"""One that is there, for what reads its config."""
 
 
 def declaration(output_dir: Path, model: Path | str = "missing/base", **changes: Any) -> dict[str, Any]:

@@ -7,11 +7,10 @@ import pytest
 
 from studies.arguments import check_fields, parse_training
 from studies.load import load_study
-from tests.studies.support import declaration, small_study, write_study
+from tests.studies.support import BASE, declaration, small_study, write_study
 
 
 ROOT = Path(__file__).parents[2]
-BASE = str(ROOT / "recipes" / "base_model")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from studies.plan import Work
 from studies.run import Progress, main, run
 from studies.store import locked
-from tests.studies.support import small_study, write_study
+from tests.studies.support import BASE, small_study, write_study
 from tests.studies.workload import do
 
 
@@ -57,7 +57,7 @@ def test_a_study_survives_a_killed_worker_and_a_failed_job(tmp_path: Path, capfd
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
-    path = write_study(tmp_path)
+    path = write_study(tmp_path, model=BASE)
     with locked(tmp_path / "out" / "lock", wait=False), pytest.raises(SystemExit, match="another study is running"):
         main([str(path)])
 
