@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from dip_hf.evaluation.tables import markdown
 from studies.compare import LEVEL, Comparison, Measure, Row
-from studies.markdown import markdown
 from studies.spec import Study
 
 
@@ -28,7 +28,8 @@ def summary(comparison: Comparison, study: Study) -> str:
         f"**Summary**: the values of {study.reference}, and differences to it with their 95% intervals; bold where a "
         f"verdict is given (p < {LEVEL:g} after correction, all seeds agree); *kept*: the pretraining families"
     )
-    return f"{text}\n\n{markdown(header, [(name, *by_arm[name]) for name in names], range(1, len(header)))}"
+    lines = [(name, *by_arm[name]) for name in names]
+    return f"{text}\n\n{markdown([header, *lines], right=range(1, len(header)))}"
 
 
 def _cell(row: Row, measure: Measure, reference: str) -> str:

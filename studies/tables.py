@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from dip_hf.evaluation.calibration import BINS
+from dip_hf.evaluation.tables import markdown
 from studies.compare import LEVEL, MIN_SEEDS, Comparison, Measure, Row
-from studies.markdown import markdown
 from studies.plan import cells
 from studies.results import Results
 from studies.spec import Arm, Study
@@ -123,7 +123,7 @@ def _measure_table(comparison: Comparison, measure: Measure, study: Study) -> st
     header = ("arm", "seeds", measure.what, "difference", "95% interval", "seeds above", "p (Holm)", "verdict")
     lines = [_measure_line(row, measure, study.reference) for row in comparison.rows[measure]]
     title = f"**{measure.what.upper() if measure.what != 'accuracy' else 'Accuracy'}** in {_UNITS[measure.what]} on "
-    return f"{title}{_SETS[measure.task_set]}\n\n{markdown(header, lines, right=(1, 2, 3, 6))}"
+    return f"{title}{_SETS[measure.task_set]}\n\n{markdown([header, *lines], right=(1, 2, 3, 6))}"
 
 
 def _measure_line(row: Row, measure: Measure, reference: str) -> tuple[str, ...]:
@@ -161,7 +161,7 @@ def _calibration(comparison: Comparison, task_set: str) -> str:
         )
         lines.append((nll.arm, *likelihood, *error, *others))
     title = f"**Calibration** on {_SETS[task_set]}"
-    return f"{title}\n\n{markdown(header, lines, right=range(1, len(header)))}"
+    return f"{title}\n\n{markdown([header, *lines], right=range(1, len(header)))}"
 
 
 def _calibration_cells(row: Row, digits: int) -> tuple[str, str]:
@@ -222,7 +222,7 @@ def _posterior(comparison: Comparison) -> str:
 
 
 def _probe_table(
-    comparison: Comparison, header: Sequence[str], names: Sequence[str], scale: float, digits: int
+    comparison: Comparison, header: tuple[str, ...], names: Sequence[str], scale: float, digits: int
 ) -> str:
     """The arms that have the first of `names`, a column each."""
     lines = [
@@ -230,7 +230,7 @@ def _probe_table(
         for arm, own in comparison.probes.items()
         if names[0] in own
     ]
-    return markdown(header, lines, right=range(1, len(header)))
+    return markdown([header, *lines], right=range(1, len(header)))
 
 
 def _settings(comparison: Comparison, study: Study) -> str:
@@ -241,7 +241,7 @@ def _settings(comparison: Comparison, study: Study) -> str:
         tried = [_trial(arm, *pair) for pair in enumerate(comparison.trials.get(arm.name, []))]
         lines.append((arm.name, words, "; ".join(tried), "" if cost is None else f"{cost:.2f}"))
     header = ("arm", "chosen", "tried: exact match in % and NLL on the validation split", f"time / {study.reference}")
-    return f"**Settings and cost** in training time\n\n{markdown(header, lines, right=(3,))}"
+    return f"**Settings and cost** in training time\n\n{markdown([header, *lines], right=(3,))}"
 
 
 def _trial(arm: Arm, index: int, score: dict[str, float | None]) -> str:
