@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from statistics import fmean
@@ -10,6 +10,10 @@ from typing import Any, Literal, NamedTuple
 
 from studies.spec import Arm, Study
 from studies.store import Store, cell_key, training_key, training_keys, trial_key
+
+
+PLACE = ("study", "arm", "size", "seed", "trial", "trial_overrides", "trial_scores", "trial_runs")
+"""What a line of the results says of a cell's place in its study; the rest is the cell's own, wherever it stands."""
 
 
 @dataclass(frozen=True)
@@ -101,18 +105,25 @@ def choose(scores: Sequence[tuple[float, float]]) -> int:
     return max(range(len(scores)), key=lambda trial: (scores[trial][0], -scores[trial][1]))  # the first of equals
 
 
+def trial_runs(study: Study, store: Store, arm: Arm, size: int) -> dict[str, dict[str, Any]]:
+    """The finished ones of an arm's trials by their keys: exact match and NLL (None: diverged), of every seed."""
+    finished = ((job.key, store.read("trials", job.key)) for job in trial_jobs(study, arm, size))
+    return {key: {name: run[name] for name in ("exact_match", "nll")} for key, run in finished if run is not None}
+
+
 def trial_scores(study: Study, store: Store, arm: Arm, size: int) -> list[tuple[float, float]] | None:
     """Exact match and NLL of each of an arm's trials on the validation split, means over the seeds of selection.
 
     None while a trial is not finished; empty where there is no choice. NLL is infinite where a run diverged.
     """
+    finished = trial_runs(study, store, arm, size)
     runs: list[list[tuple[float, float]]] = [[] for _ in arm.trials]
     for job in trial_jobs(study, arm, size):
-        result = store.read("trials", job.key)
-        if result is None:
+        if job.key not in finished:
             return None
         assert job.trial is not None
-        runs[job.trial].append((result["exact_match"], float("inf") if result["nll"] is None else result["nll"]))
+        match, nll = finished[job.key]["exact_match"], finished[job.key]["nll"]
+        runs[job.trial].append((match, float("inf") if nll is None else nll))
     return [(fmean(match for match, _ in own), fmean(nll for _, nll in own)) for own in runs if own]
 
 
@@ -204,9 +215,35 @@ def finished_cells(study: Study, store: Store) -> list[dict[str, Any]]:
         job = cell_job(study, store, cell)
         result = None if job is None else store.read("cells", job.key)
         if job is not None and result is not None:
-            place = {"study": study.name, "arm": cell.arm.name, "size": cell.size, "seed": cell.seed}
-            overrides = None if job.trial is None else cell.arm.trials[job.trial]
             scores = None if cell.size is None else trial_scores(study, store, cell.arm, cell.size)
-            tried = [{"exact_match": match, "nll": nll if isfinite(nll) else None} for match, nll in scores or []]
-            lines.append({**place, "trial": job.trial, "trial_overrides": overrides, "trial_scores": tried, **result})
+            place = {
+                "study": study.name,
+                "arm": cell.arm.name,
+                "size": cell.size,
+                "seed": cell.seed,
+                "trial": job.trial,
+                "trial_overrides": None if job.trial is None else cell.arm.trials[job.trial],
+                "trial_scores": [
+                    {"exact_match": match, "nll": nll if isfinite(nll) else None} for match, nll in scores or []
+                ],
+                "trial_runs": {} if cell.size is None else trial_runs(study, store, cell.arm, cell.size),
+            }
+            assert list(place) == list(PLACE)
+            lines.append({**place, **result})
     return lines
+
+
+def adopt(store: Store, lines: Iterable[dict[str, Any]]) -> None:
+    """Take the cells and trials of another folder's results over, so that they are not made again.
+
+    Args:
+        store: keeps what it has.
+        lines: as `finished_cells` gives them. A cell of an earlier declaration is of no harm: nothing asks for its key.
+    """
+    for line in lines:
+        if not store.has("cells", line["cell_hash"]):
+            own = {name: value for name, value in line.items() if name not in PLACE}
+            store.write("cells", line["cell_hash"], own)
+        for key, run in line["trial_runs"].items():
+            if not store.has("trials", key):
+                store.write("trials", key, run)

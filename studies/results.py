@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from studies.measure import unpack
 from studies.spec import Arm, Study
-from studies.store import Store, cell_key, training_keys
+from studies.store import Store, cell_key, read_lines, training_keys
 
 
 Array = NDArray[np.float64]
@@ -87,10 +86,9 @@ def read_results(study: Study, path: Path) -> Results:
     Raises:
         ValueError: two cells were not scored on the same items.
     """
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
     lines: dict[tuple[str, int | None, int | None], dict[str, Any]] = {}
     stale = 0
-    for line in map(json.loads, text.splitlines()):
+    for line in read_lines(path):
         if not _is_current(study, line):
             stale += 1
             continue

@@ -4,7 +4,8 @@
     python -m studies.run studies/two_cores.yaml --arms lora ibvi
 
 Finished parts are kept under the study's `output_dir`, so that the same command goes on after a stop, a kill or a
-change of the study. `python -m studies.report` makes the tables from what there is.
+change of the study; cells and trials that docs/results holds are taken over from there, so that a fresh clone goes on
+too. `python -m studies.report` makes the tables from what there is.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from statistics import fmean
 from studies.arguments import check_fields
 from studies.jobs import run_job
 from studies.load import close_to, load_study
-from studies.plan import Work, cells, finished_cells, next_job, remaining, work_of
+from studies.plan import Work, adopt, cells, finished_cells, next_job, remaining, work_of
 from studies.spec import Study
-from studies.store import Store, locked, write_text
+from studies.store import Store, locked, read_lines, write_text
 from studies.workers import Do, Outcome, Workers
 
+
+ARCHIVE = Path(__file__).parents[1] / "docs" / "results"
+"""Where `studies.report` copies the results to."""
 
 TRIES = 2
 """Times that a job is given out whose worker died; one that raised is given out once."""
@@ -168,6 +172,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.exit(f"studies.run: {error}")
     try:
         with locked(Path(study.output_dir, "lock"), wait=False):
+            adopt(Store(study.output_dir), read_lines(ARCHIVE / f"{study.name}.jsonl"))
             return 1 if run(study, run_job, arguments.workers, arguments.hours, arguments.arms) else 0
     except BlockingIOError:
         sys.exit(f"studies.run: output_dir={study.output_dir!r}: another study is running there; wait for it")

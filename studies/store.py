@@ -150,3 +150,8 @@ class Store:
         path = self.results(study)
         write_text(path, "".join(json.dumps(cell, allow_nan=False) + "\n" for cell in cells))
         return path
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """What `Store.write_results` wrote, or a copy of it; nothing where there is no file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []

@@ -1,6 +1,7 @@
 """Running a study: workers that die, jobs that fail, and what the next run makes of it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,27 @@ def test_a_study_is_done_in_parts(tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert _calls(out) == ["cell base"]
     lines = [json.loads(line) for line in (out / "study.jsonl").read_text().splitlines()]
     assert [line["arm"] for line in lines] == ["base", "neftune", "neftune"]  # the first part's stay
+
+
+def test_a_fresh_clone_goes_on_from_the_committed_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, out, archive = write_study(tmp_path, model=BASE), tmp_path / "out", tmp_path / "archive"
+    monkeypatch.setattr("studies.run.ARCHIVE", archive)
+    monkeypatch.setattr("studies.run.run_job", do)
+    out.mkdir()
+    assert main([str(path), "--arms", "lora"]) == 0
+    lines = (out / "study.jsonl").read_text()
+    shutil.rmtree(out)  # as where nothing was run yet
+    archive.mkdir()
+    (archive / "study.jsonl").write_text(lines)
+    out.mkdir()
+    assert main([str(path)]) == 0
+    assert {call.split()[1] for call in _calls(out)} == {"base", "neftune"}
+    again = [json.loads(line) for line in (out / "study.jsonl").read_text().splitlines()]
+    assert [line for line in again if line["arm"] == "lora"] == [json.loads(line) for line in lines.splitlines()]
+    # Another setting is another run, whatever the archive holds
+    arms = {"lora": {"trials": [{"learning_rate": 1e-3}, {"learning_rate": 5e-2}]}, "neftune": {}}
+    assert main([str(write_study(tmp_path, model=BASE, arms=arms)), "--arms", "lora"]) == 0
+    assert _calls(out) == ["trial lora size 8 seed 0 trial 1"]
 
 
 def test_the_time_left_is_estimated_from_the_nearest_jobs() -> None:
