@@ -8,6 +8,7 @@ is built anew a few times, and the standard error is the larger one of that over
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import platform
@@ -20,8 +21,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
+from transformers import AutoConfig, LlamaConfig, PretrainedConfig, Qwen3Config
 
+
+BASE = Path(__file__).parents[1] / "recipes" / "base_model"
+"""What the quickstart trains: Llama 192x4 with a vocabulary of 312."""
 
 TRIM = 0.2
 """Share of the ratios left out at each end."""
@@ -46,18 +50,28 @@ class Shape:
         """Number of blocks in it, rounded up."""
         return -(-self.depth // 4)
 
-    def products(self) -> tuple[int, int, int]:
-        """Multiplications a token in one block's attention projections, one block's MLP, and the head."""
-        config: Any = self.config
-        width = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
-        mlp = 3 * config.hidden_size * config.intermediate_size
-        return 2 * config.hidden_size * width, mlp, config.hidden_size * config.vocab_size
-
     @property
-    def head_share(self) -> float:
-        """The head's share of all matrix products, attention's own left out."""
-        attention, mlp, head = self.products()
-        return head / (self.depth * (attention + mlp) + head)
+    def mlp_share(self) -> float:
+        """The MLP's share of a block's matrix products, attention's own left out."""
+        config: Any = self.config
+        attention = (
+            2 * config.hidden_size * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
+        )
+        mlp = 3 * config.hidden_size * config.intermediate_size
+        return mlp / (mlp + attention)
+
+    def of_depth(self, depth: int) -> PretrainedConfig:
+        """The same model with so many blocks."""
+        config = copy.deepcopy(self.config)
+        config.num_hidden_layers = depth
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:depth]
+        return config
+
+    def tokens(self) -> Tensor:
+        """The batch: random, shape (batch, length)."""
+        high = min(1000, self.config.vocab_size)
+        return torch.randint(2, high, (self.batch, self.length), generator=torch.Generator().manual_seed(0))
 
 
 def _llama(hidden: int, depth: int) -> LlamaConfig:
@@ -87,6 +101,7 @@ def _qwen3(hidden: int, intermediate: int, depth: int) -> Qwen3Config:
 
 PRESETS = {
     "cpu": (
+        Shape("embedded base", AutoConfig.from_pretrained(BASE), 16, 128, torch.float32),
         Shape("Llama 192x4", _llama(192, 4), 16, 128, torch.float32),
         Shape("Llama 512x8", _llama(512, 8), 8, 128, torch.float32),
     ),
@@ -170,11 +185,12 @@ def report(rows: list[dict[str, Any]], device: torch.device, note: str, path: Pa
     """Print rows as a table, and write them to `path` as a JSON list."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"\n{name}, {platform.machine()}, torch {torch.__version__}, {note}\n")
-    print(f"{'':46}{'time':>8}{'±':>8}{'floor':>8}{'memory':>8}{'seconds':>9}")
+    print(f"{'':46}{'time':>8}{'±':>8}{'floor':>8}{'memory':>8}{'seconds':>9}{'floor and head':>16}")
     for row in rows:
+        head = f"{row['floor_with_head']:16.3f}" if "floor_with_head" in row else ""
         print(
             f"{row['name']:46}{row['time_ratio']:8.3f}{row['time_ratio_se']:8.3f}{row['floor']:8.3f}"
-            f"{row['memory_ratio']:8.3f}{row['step_seconds']:9.3f}"
+            f"{row['memory_ratio']:8.3f}{row['step_seconds']:9.3f}{head}"
         )
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)

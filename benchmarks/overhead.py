@@ -7,12 +7,16 @@ All arms of a shape live in one process and take turns; see interleaved.py. Peak
 (CUDA) or from the profiler's allocation events (CPU), with parameters, gradients and optimiser state.
 
 The floor is the analytic cost without any overhead, as a multiple of LoRA's, in matrix products of blocks alone (a
-backward pass to the activations counts like a forward pass). m trajectories from block s of L on: (s + m(L - s))/L;
-they also need the head m times, whose share is printed, and which is not small where the vocabulary is large.
+backward pass to the activations counts like a forward pass). m trajectories from block s of L on: (s + m(L - s))/L.
 DReS on the last quarter q of the blocks at N/K = 1.25 with a share p of the groups coded: 1 + 1.25 p q, for token
 placement times the MLP's share. ICP with one step: the gradient for the perturbation and the teacher add a backward
 and a forward pass, 2; from three quarters of the depth, every fourth step: 1 + (1/4)/4. A posterior of rank R adds no
 product of its own order: 1.
+
+The head is no block, and what an arm must do with it is not in the floor: m trajectories need it m times. How much of
+LoRA's step it takes is measured in the same run, h, by a model without blocks, whose step is the head's forward and
+backward pass as TRL makes them. With f the floor and k the times that an arm needs the head, the floor with the head
+is (1 - h) f + h k.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
+from trl.trainer import add_fused_lm_head
 
 from dip_hf import DIPNetConfig, DIPSFTConfig, DIPSFTTrainer
 
@@ -43,6 +48,7 @@ class Arm:
 
     Attributes:
         floor: from the shape, see the module's docstring.
+        heads: k, how many times as often as LoRA's step it needs the head.
         adapter: fields of `DIPNetConfig` for a shape; None for plain LoRA.
         options: fields of `DIPSFTConfig`; None for TRL's own trainer.
         steps: steps in one timing, as many as the longest interval between two alike.
@@ -53,6 +59,7 @@ class Arm:
     adapter: Callable[[Shape], dict[str, Any]] | None = None
     options: dict[str, Any] | None = field(default_factory=dict)
     steps: int = 1
+    heads: float = 1
 
 
 def _trajectories(m: int, start: float) -> Arm:
@@ -62,13 +69,8 @@ def _trajectories(m: int, start: float) -> Arm:
         lambda shape: start + m * (1 - start),
         lambda shape: {"noise_blocks": shape.depth - round(start * shape.depth)},
         {"num_trajectories": m},
+        heads=m,
     )
-
-
-def _mlp_share(shape: Shape) -> float:
-    """Share of a block's matrix products that are its MLP's."""
-    attention, mlp, _ = shape.products()
-    return mlp / (mlp + attention)
 
 
 def _sequence_floor(shape: Shape) -> float:
@@ -76,7 +78,7 @@ def _sequence_floor(shape: Shape) -> float:
 
 
 def _token_floor(share: float, shape: Shape) -> float:
-    return 1 + 1.25 * share * shape.last_quarter / shape.depth * _mlp_share(shape)
+    return 1 + 1.25 * share * shape.last_quarter / shape.depth * shape.mlp_share
 
 
 _DRES = {"dres_weight": 0.1, "dres_group_size": 4}
@@ -91,8 +93,10 @@ ARMS = (
     Arm("DReS sequence, all groups", _sequence_floor, options=_ALL | {"dres_placement": "sequence"}),
     Arm("DReS token, all groups", partial(_token_floor, 1.0), options=_ALL),
     Arm("DReS token, half of the groups", partial(_token_floor, 0.5), options=_DRES | {"dres_share": 0.5}),
-    Arm("ICP T=1", lambda shape: 2, options=_ICP),
-    Arm("ICP T=1, late, every 4th", lambda shape: 1 + 0.25 / 4, options=_ICP | {"icp_interval": 4}, steps=4),
+    Arm("ICP T=1", lambda shape: 2, options=_ICP, heads=2),
+    Arm(
+        "ICP T=1, late, every 4th", lambda shape: 1 + 0.25 / 4, options=_ICP | {"icp_interval": 4}, steps=4, heads=1.25
+    ),
     Arm(
         "IBVI R=4, all blocks",
         lambda shape: 1,
@@ -101,6 +105,7 @@ ARMS = (
 )
 WARM_UP = 4
 """Steps before the first timing."""
+HEAD = "the head alone"
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
@@ -135,8 +140,7 @@ def make_trainer(shape: Shape, arm: Arm, folder: str, device: torch.device) -> S
         report_to="none",
         **options,
     )
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(2, 1000, (shape.batch, shape.length), generator=generator).tolist()
+    tokens = shape.tokens().tolist()
     trainer = trainer_class(
         model,
         args=args,
@@ -149,6 +153,20 @@ def make_trainer(shape: Shape, arm: Arm, folder: str, device: torch.device) -> S
     trainer.current_gradient_accumulation_steps = 1
     trainer.state.global_step, trainer.state.max_steps = 1_000_000, 2_000_000
     return trainer
+
+
+def head_step(shape: Shape, device: torch.device) -> Callable[[], None]:
+    """A forward and backward pass through the shape's head alone, frozen, as `SFTTrainer` makes it."""
+    model = AutoModelForCausalLM.from_config(shape.of_depth(0), dtype=shape.dtype).to(device).requires_grad_(False)
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    ids = shape.tokens().to(device)
+    embeddings = model.get_input_embeddings()(ids).requires_grad_()
+
+    def step() -> None:
+        embeddings.grad = None
+        model(inputs_embeds=embeddings, labels=ids, fused_lm_head=True).loss.backward()
+
+    return step
 
 
 def step(trainer: SFTTrainer, batch: dict[str, Tensor]) -> None:
@@ -193,14 +211,21 @@ def measure(
                     peak = peak_memory(partial(step, trainer, batches[name]), device)
                     memory[name] = _resident(trainer) + peak
             turns = {arm.name: partial(_timed, trainers[arm.name], batches[arm.name], arm.steps) for arm in order}
+            head = head_step(shape, device)
+            for _ in range(WARM_UP):
+                head()
+            turns[HEAD] = partial(seconds, head, device)
             times.append(take_turns(turns, rounds, f"{shape.name}, build {build + 1}/{builds}"))
             del trainers, turns
+    share = ratios(times, HEAD, arms[0].name)["time_ratio"]
+    print(f"{shape.name}: the head takes {share:.0%} of LoRA's step")
     return [
         {
             "name": f"{shape.name}: {arm.name}",
             **ratios(times, arm.name, arms[0].name),
             "memory_ratio": memory[arm.name] / memory[arms[0].name],
             "floor": arm.floor(shape),
+            "floor_with_head": (1 - share) * arm.floor(shape) + share * arm.heads,
         }
         for arm in arms
     ]
@@ -223,9 +248,7 @@ def main() -> None:
         arm for arm in ARMS[1:] if not options.arm or any(part in arm.name for part in options.arm)
     )
     rows = [row for shape in shapes for row in measure(shape, arms, options.rounds, options.builds, device)]
-    heads = ", ".join(f"{shape.name} {shape.head_share:.0%}" for shape in shapes)
     note = f"20 % trimmed means of {options.rounds} interleaved timings in each of {options.builds} builds"
-    note += f"; the head's share of the matrix products: {heads}"
     report(rows, device, note, options.json)
 
 

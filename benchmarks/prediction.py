@@ -10,7 +10,6 @@ stands what a loop over M whole passes costs. All three have a model of the same
 from __future__ import annotations
 
 import argparse
-import copy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -31,11 +30,7 @@ LORA: dict[str, Any] = {"r": 16, "target_modules": "all-linear", "task_type": "C
 
 def _adapted(shape: Shape, depth: int, adapter: LoraConfig, device: torch.device) -> Any:
     """The shape's model with `depth` blocks, and an adapter on it."""
-    config = copy.deepcopy(shape.config)
-    config.num_hidden_layers = depth
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:depth]
-    model = AutoModelForCausalLM.from_config(config, dtype=shape.dtype).to(device)
+    model = AutoModelForCausalLM.from_config(shape.of_depth(depth), dtype=shape.dtype).to(device)
     return get_peft_model(model, adapter).eval()
 
 
@@ -54,7 +49,7 @@ def arms(shape: Shape, rank: int, samples: int, device: torch.device) -> dict[st
     lora = _adapted(shape, shape.depth, LoraConfig(**LORA), device)
     posterior = DIPNetConfig(**LORA, noise_blocks=[], variational_rank=rank, variational_blocks=last)
     model = _adapted(shape, shape.depth, posterior, device)
-    ids = torch.randint(2, 1000, (shape.batch, shape.length), generator=torch.Generator().manual_seed(0)).to(device)
+    ids = shape.tokens().to(device)
 
     def floor() -> Tensor:
         hidden = below(input_ids=ids, use_cache=False).last_hidden_state

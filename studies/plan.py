@@ -238,7 +238,7 @@ def adopt(store: Store, lines: Iterable[dict[str, Any]]) -> None:
 
     Args:
         store: keeps what it has.
-        lines: as `finished_cells` gives them. A cell of an earlier declaration is of no harm: nothing asks for its key.
+        lines: as `finished_cells` gives them. One of an earlier declaration is of no harm: nothing asks for its key.
     """
     for line in lines:
         if not store.has("cells", line["cell_hash"]):
