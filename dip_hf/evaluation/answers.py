@@ -15,8 +15,10 @@ except ImportError as error:
 _CUED_LINE = re.compile(r".*\bthe answer is[:\s]*([^\n]*)", re.IGNORECASE | re.DOTALL)
 # A formula has no blank inside of its dollars, as amounts of money have: "$18, which is $6 more"
 _FORMULA = r"\$(?!\s)[^$]*(?<!\s)\$(?!\d)"
+# Behind a comma the sentence may go on to compute: "16 - 3 - 4 = 9, so 9 * 2 = 18"
+_CLAUSE_END = r",\s(?!(?:(?![.!?;](?:\s|$)).)*=)"
 # The first formula or number of a line, up to the end of its sentence or clause, or a remark in parentheses
-_VALUE = re.compile(rf"(?:(?!{_FORMULA})\D)*(?:{_FORMULA}|\d)(?:(?![.!?;](?:\s|$)|,\s|\s\().)*")
+_VALUE = re.compile(rf"(?:(?!{_FORMULA})\D)*(?:{_FORMULA}|\d)(?:(?![.!?;](?:\s|$)|{_CLAUSE_END}|\s\().)*")
 _WORD = re.compile(r"[^\W\d_]{2,}")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import lm_eval.api.task
 from lm_eval.evaluator import evaluate
+from transformers import AutoTokenizer
 
 from dip_hf.evaluation.calibration_report import check_in_distribution
 from dip_hf.evaluation.checkpoints import Checkpoint, check_checkpoints
@@ -108,12 +109,12 @@ def load_model(settings: EvaluationSettings, checkpoint: Checkpoint) -> DIPLM:
     field, base = "model", settings.model
     if checkpoint.path is not None and not checkpoint.is_adapter:
         field, base = f"checkpoints: {checkpoint.name}", checkpoint.path
-    own = checkpoint.is_adapter and (Path(checkpoint.folders[0]) / "tokenizer_config.json").is_file()
+    tokenizer = _own_tokenizer(checkpoint)
     try:
         return DIPLM(
             pretrained=base,
             peft=checkpoint.path if checkpoint.is_adapter else None,
-            tokenizer=checkpoint.folders[0] if own else None,  # its end of text may be another
+            tokenizer=tokenizer,
             num_samples=checkpoint.num_samples(settings.num_samples),
             noise_seed=settings.noise_seed,
             dropout=checkpoint.dropout,
@@ -124,6 +125,20 @@ def load_model(settings: EvaluationSettings, checkpoint: Checkpoint) -> DIPLM:
     except OSError as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{field}={base!r} cannot be loaded ({reason}): give another folder or name") from error
+
+
+def _own_tokenizer(checkpoint: Checkpoint) -> Any | None:
+    """The tokenizer saved beside a checkpoint's (first) adapter, whose end of text may be another than the base's."""
+    if not checkpoint.is_adapter or not (Path(checkpoint.folders[0]) / "tokenizer_config.json").is_file():
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint.folders[0])
+    except Exception as error:  # damage shows as anything, from a JSONDecodeError to tokenizers' bare Exception
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"checkpoints: {checkpoint.name}: the tokenizer in {checkpoint.folders[0]} cannot be loaded ({reason}): "
+            "save the adapter again, or remove its tokenizer's files, and the base's is taken"
+        ) from error
 
 
 def _evaluate_one(settings: EvaluationSettings, checkpoint: Checkpoint, tasks: dict[str, Any]) -> CheckpointScores:

@@ -74,10 +74,11 @@ class Sampler(ABC):
 
 @contextmanager
 def averaged_outputs(model: nn.Module, sampler: Sampler) -> Iterator[None]:
-    """Forward passes inside give the log of the averaged next-token probabilities in the place of their logits.
+    """Forward passes inside give logits of the averaged next-token probabilities in the place of their own.
 
-    Of the last position alone, and once for each copy of a row: `generate` and every processor of scores in it see as
-    many rows as they gave, and all copies agree on a token.
+    They are normalised as the samples' logits are in the mean, so that equal samples give what one of them gives: a
+    repetition penalty, for one, depends on where zero is. Of the last position alone, and once for each copy of a
+    row: `generate` and every processor of scores in it see as many rows as they gave, and all copies agree on a token.
 
     Args:
         model: the one that `generate` calls, inside of PEFT's.
@@ -85,8 +86,10 @@ def averaged_outputs(model: nn.Module, sampler: Sampler) -> Iterator[None]:
     """
 
     def average(module: nn.Module, inputs: Any, output: Any) -> None:
-        last = average_log_probabilities(output.logits[:, -1:], sampler.num_samples)
-        output.logits = last.repeat(sampler.copies, 1, 1)
+        last = output.logits[:, -1:].float()
+        normaliser = last.logsumexp(-1, keepdim=True).unflatten(0, (sampler.num_samples, -1)).mean(0)
+        averaged = average_log_probabilities(last, sampler.num_samples) + normaliser
+        output.logits = averaged.repeat(sampler.copies, 1, 1)
 
     handle = model.register_forward_hook(average)
     try:

@@ -38,6 +38,8 @@ from dip_hf.evaluation.answers import score_math_answer
         (r"The answer is $(3, 4)$.", "$(3, 4)$"),
         (r"The answer is \boxed{18}. We had 20.", "18"),
         ("The answer is 3 + 15 = 18.", "18"),
+        ("The answer is 16 - 3 - 4 = 9, so 9 * 2 = 18.", "18"),
+        ("The answer is 9 * 2 = 18, which is 6 more than 12. Check: 18 = 12 + 6", "18"),
         ("48/2 = <<48/2=24>>24", "24"),  # no cue: all of it is looked through
         (r"We get \boxed{18}.", "18"),
     ],

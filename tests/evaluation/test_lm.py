@@ -30,12 +30,12 @@ def load(kind: type[HFLM], base: str, adapter: str | None, **options: int) -> HF
     return kind(pretrained=base, peft=adapter, device="cpu", batch_size=4, **options)
 
 
-def penalised(log_probabilities: torch.Tensor, text: torch.Tensor, penalty: float) -> torch.Tensor:
+def penalised(logits: torch.Tensor, text: torch.Tensor, penalty: float) -> torch.Tensor:
     """A repetition penalty, token by token."""
-    result = log_probabilities.clone()
+    result = logits.clone()
     for row, tokens in enumerate(text.tolist()):
         for token in set(tokens):
-            result[row, token] *= penalty
+            result[row, token] *= penalty if result[row, token] < 0 else 1 / penalty
     return result
 
 
@@ -98,14 +98,16 @@ def test_generation_is_a_plain_loop_of_averaged_greedy_choices(
     with torch.no_grad():
         inputs, text, caches = prompts, prompts, [None] * 3
         for token in range(6):
-            probabilities = 0
+            probabilities = normaliser = 0
             for sample in range(3):
                 key = NoiseKey(2, step=1, micro_step=token)
                 with model.model.base_model.sampling(key, trajectories=3, posterior_key=NoiseKey(2)):
                     output = model.model(inputs, past_key_values=caches[sample], use_cache=True)
                 caches[sample] = output.past_key_values
-                probabilities = probabilities + output.logits[:, -1].chunk(3)[sample].softmax(-1) / 3
-            chosen.append(penalised(probabilities.log(), text, penalty).argmax(-1))
+                logits = output.logits[:, -1].chunk(3)[sample]
+                probabilities = probabilities + logits.softmax(-1) / 3
+                normaliser = normaliser + logits.logsumexp(-1, keepdim=True) / 3
+            chosen.append(penalised(probabilities.log() + normaliser, text, penalty).argmax(-1))
             inputs = chosen[-1][:, None]
             text = torch.cat([text, inputs], dim=1)
     assert generated[:, prompts.shape[1] :].tolist() == torch.stack(chosen, 1).tolist()

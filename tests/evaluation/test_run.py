@@ -136,6 +136,18 @@ def test_an_adapters_own_tokenizer_says_where_a_text_ends(
         assert model.eot_token_id == model.tokenizer.convert_tokens_to_ids(end)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_damaged_tokenizer_of_an_adapter_is_named(
+    name: str, content: str, base_folder: str, lora_folder: str, tmp_path: Path
+) -> None:
+    own = shutil.copytree(lora_folder, tmp_path / "own")
+    AutoTokenizer.from_pretrained(base_folder).save_pretrained(own)
+    (own / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"^checkpoints: one: the tokenizer in {own} cannot be loaded.*save the"):
+        load_model(settings_for(base_folder), Checkpoint("one", str(own)))
+
+
 def test_several_processes_are_refused(base_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"WORLD_SIZE=2: an evaluation is one process; start it with python"):

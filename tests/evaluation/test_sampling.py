@@ -20,14 +20,16 @@ def tokens() -> torch.Tensor:
     return torch.arange(20).view(2, 10) + 40
 
 
-def greedy_loop(model: DIPLM, prompts: torch.Tensor, tokens: int, repetition_penalty: float = 1.0) -> torch.Tensor:
+def greedy_loop(model: DIPLM, prompts: torch.Tensor, tokens: int) -> torch.Tensor:
     """Generation without a cache: the likelihood pass over the whole text, for every token."""
     for _ in range(tokens):
-        scores = model._model_call(prompts)[:, -1]
-        for row, text in enumerate(prompts.tolist()):
-            scores[row, sorted(set(text))] *= repetition_penalty
-        prompts = torch.cat([prompts, scores.argmax(-1, keepdim=True)], dim=1)
+        prompts = torch.cat([prompts, model._model_call(prompts)[:, -1].argmax(-1, keepdim=True)], dim=1)
     return prompts
+
+
+def generate(model: DIPLM, tokens: torch.Tensor) -> list[list[int]]:
+    attended = torch.ones_like(tokens)
+    return model._model_generate(tokens, 16, stop=["\n"], do_sample=False, attention_mask=attended).tolist()
 
 
 def test_an_ensemble_averages_its_members_probabilities(
@@ -40,12 +42,20 @@ def test_an_ensemble_averages_its_members_probabilities(
         with torch.no_grad():
             mean = mean + member(tokens).logits.softmax(-1) / 3
     torch.testing.assert_close(ensemble._model_call(tokens).exp(), mean)
-    for penalty in (1.0, 4.0):
-        ensemble.model.generation_config.repetition_penalty = penalty
-        generated = ensemble._model_generate(
-            tokens, 16, stop=["\n"], do_sample=False, attention_mask=torch.ones_like(tokens)
-        )
-        assert generated.tolist() == greedy_loop(ensemble, tokens, 6, penalty).tolist()
+    assert generate(ensemble, tokens) == greedy_loop(ensemble, tokens, 6).tolist()
+
+
+def test_a_penalty_meets_an_average_of_equals_as_it_meets_one_of_them(
+    base_folder: str, lora_folder: str, tokens: torch.Tensor
+) -> None:
+    """A base's generation_config.json may have one, and it must not tell averaged from plain predictions."""
+    one, twice = load(base_folder, lora_folder), load(base_folder, f"{lora_folder}+{lora_folder}")
+    answers = []
+    for penalty in (1.0, 1.2, 4.0):
+        one.model.generation_config.repetition_penalty = twice.model.generation_config.repetition_penalty = penalty
+        answers.append(generate(one, tokens))
+        assert generate(twice, tokens) == answers[-1]
+    assert answers[0] != answers[-1]
 
 
 def test_dropout_averages_passes_that_differ(base_folder: str, dropout_folder: str, tokens: torch.Tensor) -> None:
