@@ -57,11 +57,12 @@ def scrub(value: Any) -> Any:
         return sorted(scrub(entry) for entry in value)
     if value is None or isinstance(value, bool | int | float):
         return value
-    text = str(value)
-    return text if _URL.match(text) else "+".join(_public_path(path) for path in _JOINT.split(text))
+    return "+".join(_public_path(path) for path in _JOINT.split(str(value)))
 
 
 def _public_path(text: str) -> str:
+    if _URL.match(text):
+        return text
     windows = PureWindowsPath(text)
     absolute = PurePosixPath(text).is_absolute() or windows.is_absolute() or text.startswith(("~", "file:", "\\\\"))
     return windows.name if absolute or _PARENT.search(text) else text  # which splits at both kinds of slash

@@ -100,10 +100,10 @@ def local_base(base: str, folder: Path) -> Path | None:
         folder: of the run; need not exist.
 
     Returns:
-        None where there is none, or no name.
+        None where there is none, or no name. A folder that happens to be called so and holds no model is none.
     """
     places = (Path.cwd(), *folder.resolve().parents) if base else ()
-    return next((place / base for place in places if (place / base).exists()), None)
+    return next((place / base for place in places if (place / base / "config.json").is_file()), None)
 
 
 def _check_public(base: str, folder: Path) -> None:

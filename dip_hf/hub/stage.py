@@ -127,7 +127,7 @@ def _stage_merged(run: FinishedRun, target: Path, staging: Staging) -> None:
     base = local_base(run.adapter.get("base_model_name_or_path") or "", run.folder) or run.base_model
     try:
         loaded = AutoModelForCausalLM.from_pretrained(base)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
             f"base_model={str(base)!r} cannot be loaded ({reason}), which merged=True needs: give base_model, a name "

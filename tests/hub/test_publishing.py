@@ -48,8 +48,10 @@ def test_an_adapter_on_a_local_base_is_refused_where_it_would_be_pushed(
         trainer(model, base_folder, tmp_path, **options)
 
 
-def test_what_can_be_pushed_is_not_refused(base_folder: Path, tmp_path: Path) -> None:
+def test_what_can_be_pushed_is_not_refused(base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With push_to_hub a trainer makes its repository at once, which fails here for want of a network alone."""
+    (tmp_path / BASE).mkdir(parents=True)  # a folder that is called as the base is, and holds none
+    monkeypatch.chdir(tmp_path)
     named = adapted(base_folder)
     named.peft_config["default"].base_model_name_or_path = BASE
     for model in (named, str(base_folder)):  # the latter trains the whole model, which needs no base
