@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dip_hf.blocks import find_decoder_blocks, select_blocks
 from dip_hf.dres.coded_pass import CodedPass, DReSRecord
-from dip_hf.dres.functional import coding_matrices
+from dip_hf.dres.functional import affine_error, coding_matrices
 from dip_hf.dres.sequence_pass import SequencePass
 from dip_hf.dres.token_pass import TokenPass
 from dip_hf.noise import NoiseKey
@@ -113,6 +113,7 @@ class DReSBranch:
     Attributes:
         modules: the coded submodules by name, in order of depth.
         coded_size: N.
+        floor: the error of a linear f; one whose error is well below it is as good as constant.
 
     Raises:
         ValueError: a value that cannot work; names field, value and remedy.
@@ -133,6 +134,7 @@ class DReSBranch:
         self.placement = placement
         self.group_size = group_size
         self.coded_size = coded_size(placement, group_size, oversampling)
+        self.floor = affine_error(group_size, self.coded_size)
         self.share = check_share(share)
         self.detach_target = detach_target
         remedy = "pass the blocks' module names as `DReSBranch(block_names=[...])`, or set dres_weight to 0"

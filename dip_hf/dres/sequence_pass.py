@@ -58,7 +58,8 @@ class SequencePass(CodedPass):
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         hidden_states = arguments.pop(names[0])
         if not self.calls:
-            self.surroundings = Surroundings.now([hidden_states.device])
+            devices = {next(block.parameters()).device for block in self.modules.values()}
+            self.surroundings = Surroundings.now({hidden_states.device, *devices})
         # What hooks add to the range's own input is part of its input.
         changed = self.calls and hidden_states is not self.before
         self.calls.append(BlockCall(hidden_states, self.before if changed else None, arguments))

@@ -208,10 +208,10 @@ class DIPSFTConfig(SFTConfig):
                 "activation_offloading=True does not work with icp_weight, which reads the saved activations twice; "
                 "use activation_checkpointing=True instead, or set icp_weight to 0."
             )
-        if self.icp_weight > 0 and self.torch_compile:
+        if (self.dres_weight > 0 or self.icp_weight > 0) and self.torch_compile:
             raise ValueError(
-                "torch_compile=True does not work with icp_weight, whose hooks come and go between steps, which "
-                "compiled code does not see; set torch_compile to False, or icp_weight to 0."
+                "torch_compile=True does not work with dres_weight or icp_weight, whose hooks come and go between "
+                "steps, which compiled code does not see; set torch_compile to False, or these weights to 0."
             )
         if self.icp_steps > 1 and self.loss_type != "nll" and self.icp_weight > 0:
             raise ValueError(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from dip_hf.dipnet.model import DIPNetModel
 from dip_hf.dres import DReSBranch
@@ -181,11 +183,7 @@ class DIPSFTTrainer(PublishingTrainer):
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        """As Trainer's, which counts the step's label tokens; ICP's mean needs the number of compared tokens too.
-
-        A step begins here, and with it its micro-batches' numbers: one that an exception cut off is taken up anew.
-        """
-        self._micro_steps[True] = (-1, -1)
+        """As Trainer's, which counts the step's label tokens; ICP's mean needs the number of compared tokens too."""
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.icp is not None and samples:
             count = torch.stack([compared_tokens(sample).sum() for sample in samples]).sum().to(device)
@@ -223,6 +221,11 @@ class DIPSFTTrainer(PublishingTrainer):
         self._micro_steps[training] = (here, index)
         return NoiseKey(self.args.seed, here, index if training else -1 - index, self.args.process_index)
 
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As Trainer's; a step that an exception cut off is taken up anew, with the numbers of its micro-batches."""
+        self._micro_steps[True] = (-1, -1)
+        return super().train(*args, **kwargs)
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """As Trainer's; noise that an adapter keeps in evaluation is a function of the step and the batch's number."""
         self._micro_steps[False] = (-1, -1)
@@ -243,6 +246,18 @@ class DIPSFTTrainer(PublishingTrainer):
                 metrics[f"{term.name}_weighted"].append(mean * term.weight)
         for name, value in values.items():
             metrics[name].append(value)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As `SFTTrainer`'s; warns where DReS has switched off what it was to smooth."""
+        errors = self._metrics["train"].get("dres/error")
+        if self.dres is not None and errors and 0 < fmean(errors) < self.dres.floor / 2:
+            warnings.warn(
+                f"dres/error is less than half of {self.dres.floor:.4f}, the error of a linear map: the blocks that "
+                "DReS codes have become as good as constant, which is not smoothing; lower dres_weight, or set "
+                "dres_detach_target=True.",
+                stacklevel=2,
+            )
+        super().log(logs, *args, **kwargs)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """As Trainer's, with log-variances and posterior covariances in groups of their own, without weight decay."""

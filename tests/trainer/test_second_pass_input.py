@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,10 +54,8 @@ REENTRANT = checkpoints(use_reentrant=True)
         ({**ICP, **checkpoints(preserve_rng_state=True)}, "preserve_rng_state': True} makes checkpoints reentrant"),
         ({**ICP, **checkpoints(selective=True)}, "{'selective': True} does not work with icp_weight.*; remove"),
         ({**ICP, "activation_offloading": True}, "activation_offloading=True does not work with icp_weight"),
-        (
-            {**ICP, "torch_compile": True},
-            "torch_compile=True does not work with icp_weight.*; set torch_compile",
-        ),
+        ({**DRES, "torch_compile": True}, "torch_compile=True does not work with dres_weight or icp_weight.*; set"),
+        ({**ICP, "torch_compile": True}, "torch_compile=True does not work with dres_weight or icp_weight.*; set"),
         ({**ICP, "icp_steps": 2, "loss_type": "dft"}, "icp_steps=2 descends on loss_type='nll', but .*'dft'; set"),
     ],
     ids=lambda x: "-".join(f"{name}={value}" for name, value in x.items()) if isinstance(x, dict) else "",
@@ -139,3 +138,17 @@ def test_parallelism_is_asked_for_with_any_regulariser(
     assert asked == []
     trainer = make_trainer(tmp_path, LoraConfig(**ADAPTER), options)
     assert asked == [trainer]
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_a_part_that_has_become_constant_is_said_to_be(dead: bool, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, LoraConfig(**ADAPTER), {**DRES, "max_steps": 1})
+    if dead:
+        for mlp in trainer.dres.modules.values():
+            mlp.down_proj.register_forward_hook(lambda module, args, output: 1 + 1e-6 * output)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    said = [str(one.message) for one in caught if "dres/error" in str(one.message)]
+    assert len(said) == dead
+    assert not dead or ("the error of a linear map" in said[0] and "lower dres_weight" in said[0])

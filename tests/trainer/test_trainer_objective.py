@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dip_hf import DIPNetConfig
 from dip_hf.noise import NoiseKey, derive_seed, gaussian
-from tests.trainer.tiny import ADAPTER, assert_close, base_model, losses, make_trainer
+from tests.trainer.tiny import ADAPTER, assert_close, base_model, losses, make_trainer, tokenised
 
 
 M, ALPHA, BETA, STABILITY = 3, 0.3, 0.4, 0.05
@@ -151,3 +151,15 @@ def test_noise_differs_between_steps(tmp_path: Path) -> None:
     trainer.train()
     assert [tuple(key)[1:] for key in keys] == [(step, micro, 0) for step in range(3) for micro in range(2)]
     assert len(set(losses(trainer))) == 3
+
+
+def test_noise_differs_where_a_stream_ends_inside_a_step(tmp_path: Path) -> None:
+    """Trainer then takes up the same step anew, with the stream's beginning."""
+    options = {"max_steps": 3, "gradient_accumulation_steps": 4, "per_device_train_batch_size": 1}
+    stream = tokenised(7).to_iterable_dataset()
+    trainer = make_trainer(tmp_path, DIPNetConfig(**ADAPTER), options, data=stream)
+    keys = []
+    noise_key = trainer._noise_key
+    trainer._noise_key = lambda: keys.append(noise_key()) or keys[-1]
+    trainer.train()
+    assert len(keys) > 12 and len(set(keys)) == len(keys)
