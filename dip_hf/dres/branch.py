@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from dip_hf.blocks import find_decoder_blocks, select_blocks
-from dip_hf.dres.coded_pass import CodedPass, DReSRecord
+from dip_hf.dres.coded_pass import GRADIENTS, CodedPass, DReSRecord
 from dip_hf.dres.functional import affine_error, coding_matrices
 from dip_hf.dres.sequence_pass import SequencePass
 from dip_hf.dres.token_pass import TokenPass
@@ -95,6 +95,17 @@ def check_share(share: float) -> float:
     return share
 
 
+def check_gradient(gradient: str) -> str:
+    """`gradient` itself.
+
+    Raises:
+        ValueError: it is none of `GRADIENTS`.
+    """
+    if gradient not in GRADIENTS:
+        raise ValueError(f"dres_gradient={gradient!r} must be one of {', '.join(GRADIENTS)}.")
+    return gradient
+
+
 class DReSBranch:
     """A coded branch through some of a model's blocks, run inside a forward pass of the model.
 
@@ -107,7 +118,9 @@ class DReSBranch:
         oversampling: N/K; N is rounded up.
         share: share of the groups coded in a pass, rounded up to a whole group: a random sample, whose error is an
             unbiased estimate of the mean over all groups.
-        detach_target: whether f(x) is a constant in the error, so that only the coded branch gets its gradient.
+        gradient: "all": through both branches, with the variance of f(x), which the error is divided by, held
+            constant. "coded": f(x) is a constant too, so that the coded branch alone has a gradient. "scale_free":
+            through the variance too, so that shrinking f does not make the error smaller.
         block_names: names of all decoder blocks, in order, where they cannot be found.
 
     Attributes:
@@ -128,7 +141,7 @@ class DReSBranch:
         group_size: int = 8,
         oversampling: float = 1.25,
         share: float = 1.0,
-        detach_target: bool = False,
+        gradient: str = "all",
         block_names: Sequence[str] | None = None,
     ) -> None:
         self.placement = placement
@@ -136,7 +149,7 @@ class DReSBranch:
         self.coded_size = coded_size(placement, group_size, oversampling)
         self.floor = affine_error(group_size, self.coded_size)
         self.share = check_share(share)
-        self.detach_target = detach_target
+        self.gradient = check_gradient(gradient)
         remedy = "pass the blocks' module names as `DReSBranch(block_names=[...])`, or set dres_weight to 0"
         names = list(block_names or find_decoder_blocks(model, remedy))
         chosen = select_blocks(names, blocks, "dres_blocks")
@@ -207,7 +220,7 @@ class DReSBranch:
             self.share,
             key.tensor(),
             mask,
-            self.detach_target,
+            self.gradient,
         )
         coded_pass: CodedPass
         if self.placement == "sequence":

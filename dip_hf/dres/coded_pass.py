@@ -44,6 +44,10 @@ class DReSRecord:
         return torch.stack([error.to(device) for error in errors]).mean()
 
 
+GRADIENTS = ("all", "coded", "scale_free")
+"""What of the error has a gradient: f(x) and what decodes to it; the latter alone; or both and the variance."""
+
+
 def _again(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     IN_SECOND_PASS.set(True)
     return function(*args, **kwargs)
@@ -69,7 +73,7 @@ class CodedPass(ABC):
         share: share of the groups that are coded, rounded up to a whole group.
         key: `NoiseKey.tensor()`, which the groups depend on.
         mask: valid positions, shape (batch, length), bool; None for all.
-        detach_target: whether f(x) is a constant in the error.
+        gradient: of the error, one of `GRADIENTS`.
     """
 
     def __init__(
@@ -80,7 +84,7 @@ class CodedPass(ABC):
         share: float,
         key: Tensor,
         mask: Tensor | None,
-        detach_target: bool,
+        gradient: str,
     ) -> None:
         self.modules = modules
         self.group_size = group_size
@@ -88,7 +92,7 @@ class CodedPass(ABC):
         self.share = share
         self.key = key
         self.mask = mask
-        self.detach_target = detach_target
+        self.gradient = gradient
         self.record = DReSRecord()
 
     @abstractmethod
@@ -113,5 +117,7 @@ class CodedPass(ABC):
 
     def compare(self, name: str, outputs: Tensor, coded: Tensor, valid: Tensor | None = None) -> None:
         """Note the error of f(x_k), shape (K, ..., d), against what f(coded), shape (N, ..., d), decodes to."""
-        target = outputs.detach() if self.detach_target else outputs
-        self.record.errors[name] = reconstruction_error(target, decode(coded, self.group_size), valid)
+        target = outputs.detach() if self.gradient == "coded" else outputs
+        decoded = decode(coded, self.group_size)
+        scale_free = self.gradient == "scale_free"
+        self.record.errors[name] = reconstruction_error(target, decoded, valid, detach_variance=not scale_free)

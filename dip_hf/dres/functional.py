@@ -181,10 +181,12 @@ def _squared_norm(vectors: Tensor) -> Tensor:
     return torch.linalg.vector_norm(vectors, dim=-1).square()
 
 
-def reconstruction_error(outputs: Tensor, reconstruction: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean over places of (1/K) Σ_k ‖f(x_k) - f̂(x_k)‖² / s², s² the variance of f(x_k) over the group, held constant.
+def reconstruction_error(
+    outputs: Tensor, reconstruction: Tensor, mask: Tensor | None = None, detach_variance: bool = True
+) -> Tensor:
+    """Mean over places of (1/K) Σ_k ‖f(x_k) - f̂(x_k)‖² / s², s² the variance of f(x_k) over the group.
 
-    s² is the unbiased sample variance, summed over dimensions, without gradient. With it the error of an affine f,
+    s² is the unbiased sample variance, summed over dimensions. With it the error of an affine f,
     averaged over the permutations of a group, is ‖I - DE‖²_F/K exactly (see `affine_error`), whatever the samples.
     Each place has an s² of its own, so that the few tokens of a real model with huge activations do not outweigh the
     rest; s² is at least `VARIANCE_FLOOR` times the mean square, so that a place where all samples agree (a common
@@ -194,12 +196,14 @@ def reconstruction_error(outputs: Tensor, reconstruction: Tensor, mask: Tensor |
         outputs: f(x_k), shape (K, ..., d); detach them for a fixed target.
         reconstruction: f̂(x_k), shape (K, ..., d).
         mask: which places count, shape (...), bool; None for all.
+        detach_variance: whether s² is a constant of the gradient. If so, the gradient in the scale of f is twice the
+            error: the loss can be made smaller by shrinking f. If not, it is 0.
 
     Returns:
         A scalar in fp32 or wider, 0 where no place counts.
     """
     outputs = outputs.to(_working_dtype(outputs))
-    target = outputs.detach()
+    target = outputs.detach() if detach_variance else outputs
     spread = _squared_norm(target - target.mean(0)).sum(0) / (len(target) - 1)  # on the CPU `var` is ten times slower
     variance = spread.maximum(VARIANCE_FLOOR * _squared_norm(target).mean(0))
     tiny = torch.finfo(variance.dtype).tiny

@@ -10,7 +10,7 @@ from typing import Any
 from trl import SFTConfig
 
 from dip_hf.blocks import last_share, parse_blocks
-from dip_hf.dres.branch import check_share, coded_size
+from dip_hf.dres.branch import check_gradient, check_share, coded_size
 from dip_hf.icp.options import ICPOptions
 
 
@@ -43,7 +43,8 @@ class DIPSFTConfig(SFTConfig):
         dres_group_size: K, samples in a group.
         dres_oversampling: N/K, coded samples per sample.
         dres_share: share of the groups coded per step, a random sample of them; 1 is all.
-        dres_detach_target: whether f(x) is a constant in the error.
+        dres_gradient: "all" of the error's terms but the variance that it is divided by; "coded": f(x) is a constant
+            too; "scale_free": the variance's too, so that shrinking f does not make the error smaller.
         icp_weight: w, weight of ICP's feature loss (arXiv 2505.14751); 0 is off.
         icp_steps: T, perturbation steps.
         icp_epsilon: ε, length of a step relative to the RMS of what it perturbs.
@@ -104,7 +105,9 @@ class DIPSFTConfig(SFTConfig):
     dres_share: float = field(
         default=0.5, metadata={"help": "Share of the groups coded per step, a random sample of them."}
     )
-    dres_detach_target: bool = field(default=False, metadata={"help": "Take f(x) as a constant in the error."})
+    dres_gradient: str = field(
+        default="all", metadata={"help": "Of the error: all but the variance's, coded branch alone, or scale_free."}
+    )
     icp_weight: float = field(default=0.0, metadata={"help": "w, weight of ICP's feature loss; 0 is off."})
     icp_steps: int = field(default=1, metadata={"help": "T, perturbation steps."})
     icp_epsilon: float = field(default=0.03, metadata={"help": "ε, length of a step relative to the RMS."})
@@ -131,6 +134,7 @@ class DIPSFTConfig(SFTConfig):
         self.icp_options()
         coded_size(self.dres_placement, self.dres_group_size, self.dres_oversampling)
         check_share(self.dres_share)
+        check_gradient(self.dres_gradient)
         last_share(self.dres_blocks, "dres_blocks")  # refuses a percentage that is none
         if not 0 <= self.dres_weight < math.inf:
             raise ValueError(f"dres_weight={self.dres_weight} must not be negative; 0 turns DReS off.")
@@ -232,5 +236,5 @@ class DIPSFTConfig(SFTConfig):
             "group_size": self.dres_group_size,
             "oversampling": self.dres_oversampling,
             "share": self.dres_share,
-            "detach_target": self.dres_detach_target,
+            "gradient": self.dres_gradient,
         }

@@ -254,7 +254,7 @@ class DIPSFTTrainer(PublishingTrainer):
             warnings.warn(
                 f"dres/error is less than half of {self.dres.floor:.4f}, the error of a linear map: the blocks that "
                 "DReS codes have become as good as constant, which is not smoothing; lower dres_weight, or set "
-                "dres_detach_target=True.",
+                "dres_gradient='scale_free'.",
                 stacklevel=2,
             )
         super().log(logs, *args, **kwargs)

@@ -124,19 +124,23 @@ def test_a_cache_is_filled_once(placement: str) -> None:
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_gradient_by_finite_differences(placement: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The normaliser is a constant of the gradient, so the differences are taken with it held where it was."""
+@pytest.mark.parametrize("gradient", ["all", "scale_free"])
+def test_gradient_by_finite_differences(gradient: str, placement: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the normaliser is a constant of the gradient, the differences are taken with it held where it was."""
     model, batch = model_of("gpt2").train(), batch_of(5, pads="right")  # Llama's norms compute in fp32
-    branch = branch_of(model, placement, blocks=[2])
+    branch = branch_of(model, placement, blocks=[2], gradient=gradient)
     grads = gradients(model, run(model, branch, batch)[0].error)
     variances: list[torch.Tensor] = []
 
-    def error_at_first_variance(outputs: torch.Tensor, reconstruction: torch.Tensor, mask: Any) -> torch.Tensor:
+    def error_at_first_variance(
+        outputs: torch.Tensor, reconstruction: torch.Tensor, mask: Any, detach_variance: bool
+    ) -> torch.Tensor:
         variances.append(outputs.var(0).sum(-1))
         errors = (outputs - reconstruction).square().sum(-1).mean(0) / variances[0]
         return errors.mean() if mask is None else errors[mask].mean()
 
-    monkeypatch.setattr(coded_pass, "reconstruction_error", error_at_first_variance)
+    if gradient == "all":
+        monkeypatch.setattr(coded_pass, "reconstruction_error", error_at_first_variance)
     with torch.no_grad():
         run(model, branch, batch)
         for name in ("transformer.h.2.mlp.c_proj.weight", "transformer.h.0.attn.c_attn.weight"):
@@ -177,16 +181,16 @@ def test_reentrant_checkpoints_are_refused_at_tokens() -> None:
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_detached_target(placement: str) -> None:
-    """Same value; no gradient along f(x): what reaches the last MLP is that of the coded branch alone."""
+def test_what_has_a_gradient(placement: str) -> None:
+    """Same value; another gradient of the last MLP, through the coded branch alone or through the variance too."""
     model, batch = model_of().train(), batch_of(4)
     errors, grads = [], []
-    for detach in (False, True):
-        record, _ = run(model, branch_of(model, placement, blocks=[2], detach_target=detach), batch)
+    for gradient in ("all", "coded", "scale_free"):
+        record, _ = run(model, branch_of(model, placement, blocks=[2], gradient=gradient), batch)
         errors.append(record.error.item())
         grads.append(gradients(model, record.error)["model.layers.2.mlp.down_proj.weight"])
-    assert errors[0] == errors[1]
-    assert not torch.allclose(grads[0], grads[1], rtol=1e-2)
+    assert errors[0] == errors[1] == errors[2]
+    assert not any(torch.allclose(grads[0], other, rtol=1e-2) for other in grads[1:])
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)

@@ -148,6 +148,16 @@ def test_variance_is_a_constant_of_the_gradient() -> None:
     assert torch.allclose(gradient, 2 * f_x / 4 / f_x.detach().var(0).sum())
 
 
+@pytest.mark.parametrize("detached", [True, False])
+def test_shrinking_f_pays_where_the_variance_is_held_constant(detached: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    f_x, f_hat = (torch.randn(4, 3, 5, dtype=torch.float64, generator=generator) for _ in range(2))
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+    error = reconstruction_error(scale * f_x, scale * f_hat, detach_variance=detached)
+    (gradient,) = torch.autograd.grad(error, scale)
+    assert gradient.item() == pytest.approx(2 * error.item() if detached else 0.0, abs=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_coding_computes_in_fp32_or_wider(dtype: torch.dtype) -> None:
     samples = torch.full((8, 3), 7.0, dtype=dtype)  # rows sum to 1, so equal samples stay what they are
