@@ -15,6 +15,7 @@ from trl import SFTTrainer
 
 from dip_hf.ibvi.layer import COVARIANCE
 from dip_hf.trainer.config import DIPSFTConfig
+from dip_hf.trainer.objective import own_parameters
 from dip_hf.trainer.optimizer import trainable
 
 
@@ -78,15 +79,17 @@ def check_nothing_dropped(trainer: SFTTrainer, train_dataset: object) -> None:
     """
     Raises:
         ValueError: TRL cut every label off a row: it drops such rows, but for those that it has packed. (Packing
-            that splits rows loses nothing.)
+            that splits rows loses nothing.) Or no row has a token to predict.
     """
     prepared = trainer.train_dataset
     if not isinstance(train_dataset, Dataset) or not isinstance(prepared, Dataset):
         return
+    rows = prepared.with_format(None)
+    if "input_ids" in rows.column_names and not any(len(ids) > 1 for ids in rows["input_ids"]):
+        raise ValueError("train_dataset: no row has two tokens, so there is none to predict; give longer rows.")
     if not trainer.args.packing:
         dropped = len(train_dataset) - len(prepared)
     elif trainer.args.packing_strategy == "bfd" and {"labels", "seq_lengths"} <= set(prepared.column_names):
-        rows = prepared.with_format(None)
         dropped = sum(
             all(label == -100 for label in labels[end - length + 1 : end])
             for labels, lengths in zip(rows["labels"], rows["seq_lengths"], strict=True)
@@ -168,9 +171,18 @@ def check_noise_setup(trainer: SFTTrainer, args: DIPSFTConfig) -> None:
         )
 
 
-def warn_of_no_effect(args: DIPSFTConfig) -> None:
+def check_no_adapter(model: nn.Module, args: DIPSFTConfig) -> None:
     """Warn of what was asked of DIPNet's objective where there is no DIPNet adapter: LoRA as a baseline is no mistake,
-    to have forgotten `DIPNetConfig` is one."""
+    to have forgotten `DIPNetConfig` is one.
+
+    Raises:
+        ValueError: there is one, but put in by transformers' `add_adapter`, which hides it from PEFT and TRL.
+    """
+    if own_parameters(model):
+        raise ValueError(
+            f"model={type(model).__name__} holds a DIPNet adapter outside of a PeftModel, as add_adapter leaves it; "
+            "pass peft_config=DIPNetConfig(...) instead, or a model from get_peft_model or PeftModel.from_pretrained."
+        )
     asked = [
         f"{name}={getattr(args, name)}"
         for name, off in (("num_trajectories", 1), ("stability_weight", 0))

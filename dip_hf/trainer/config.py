@@ -131,6 +131,7 @@ class DIPSFTConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_numbers()
         self.icp_options()
         coded_size(self.dres_placement, self.dres_group_size, self.dres_oversampling)
         check_share(self.dres_share)
@@ -138,7 +139,7 @@ class DIPSFTConfig(SFTConfig):
         last_share(self.dres_blocks, "dres_blocks")  # refuses a percentage that is none
         if not 0 <= self.dres_weight < math.inf:
             raise ValueError(f"dres_weight={self.dres_weight} must not be negative; 0 turns DReS off.")
-        if not isinstance(self.num_trajectories, int) or self.num_trajectories < 1:
+        if self.num_trajectories < 1:
             raise ValueError(f"num_trajectories={self.num_trajectories} must be a whole number, at least 1.")
         for name in ("variance_weight", "log_variance_weight"):
             if not 0 < getattr(self, name) < math.inf:
@@ -190,6 +191,17 @@ class DIPSFTConfig(SFTConfig):
         memo[id(self)] = copied = object.__new__(type(self))
         copied.__dict__.update(deepcopy(self.__dict__, memo))
         return copied
+
+    def _check_numbers(self) -> None:
+        """A number that is none would fail in a comparison, which names no field."""
+        inherited = {one.name for one in fields(SFTConfig)}
+        for name, kind in ((one.name, str(one.type)) for one in fields(self) if one.name not in inherited):
+            value = getattr(self, name)
+            if "int" in kind and (not isinstance(value, int) or isinstance(value, bool)):
+                raise ValueError(f"{name}={value!r} must be a whole number.")
+            optional = value is None and "None" in kind
+            if "float" in kind and not optional and (not isinstance(value, int | float) or isinstance(value, bool)):
+                raise ValueError(f"{name}={value!r} must be a number.")
 
     def _check_second_pass(self) -> None:
         """DReS and ICP pass through blocks twice, which some of Trainer's options do not bear."""

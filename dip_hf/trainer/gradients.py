@@ -37,6 +37,6 @@ class FiniteGradients(TrainerCallback):
         if not torch.isfinite(norm):
             raise FloatingPointError(
                 f"Step {state.global_step}: the norm of the gradient is {norm.item()}, though every term of the loss "
-                "is finite. Training stopped before the optimiser step; the last checkpoint is intact. Lower the "
-                "learning rate and resume from it."
+                "is finite. Training stopped before the optimiser step; the last checkpoint is intact. Start a new "
+                "run from its weights with a lower learning rate: resuming restores the old one."
             )

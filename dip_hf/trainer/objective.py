@@ -21,7 +21,7 @@ from dip_hf.trainer.config import DIPSFTConfig
 from dip_hf.trainer.terms import Term, batch_mean, token_mean
 
 
-def own_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
+def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """What DIPNet and IBVI add to LoRA, by parameter name: log-variances and posterior covariances."""
     return {name: parameter for name, parameter in model.named_parameters() if f".{NOISE_PREFIX}" in name}
 

@@ -37,7 +37,8 @@ class Term:
         if not torch.isfinite(self.value):
             raise FloatingPointError(
                 f"Step {step}: the term {self.name!r} is {self.value.item()}. Training stopped before the optimiser "
-                "step; the last checkpoint is intact. Lower the learning rate or the term's weight and resume from it."
+                "step; the last checkpoint is intact. Lower the term's weight and resume from it, or start a new run "
+                "from its weights with a lower learning rate: resuming restores the old rate."
             )
 
 

@@ -23,6 +23,7 @@ from dip_hf.noise import NoiseKey
 from dip_hf.trainer.checks import (
     check_boundaries,
     check_dataset,
+    check_no_adapter,
     check_noise_setup,
     check_nothing_dropped,
     check_one_loss_pass,
@@ -30,7 +31,6 @@ from dip_hf.trainer.checks import (
     check_posterior,
     check_second_pass,
     check_trainable,
-    warn_of_no_effect,
 )
 from dip_hf.trainer.config import DIPSFTConfig
 from dip_hf.trainer.gradients import FiniteGradients
@@ -98,7 +98,7 @@ class DIPSFTTrainer(PublishingTrainer):
             block_names = self.dipnet.tuner.block_names()
             self.dipnet.restore_precision(given)
         else:
-            warn_of_no_effect(args)
+            check_no_adapter(self.model, args)
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         if args.dres_weight > 0:
             self.dres = DReSBranch(base, **args.dres_options(), block_names=block_names)

@@ -16,7 +16,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from dip_hf import DIPNetConfig, DIPSFTConfig
 from dip_hf.trainer.checks import check_boundaries, check_noise_setup
-from tests.trainer.tiny import ADAPTER, losses, make_trainer, tokenised
+from tests.trainer.tiny import ADAPTER, base_model, losses, make_trainer, tokenised
 
 
 @pytest.mark.parametrize(
@@ -100,6 +100,36 @@ def test_conversation_without_the_assistant(tmp_path: Path) -> None:
     message = "train_dataset row 1: assistant_only_loss=True .* has none; drop it, or set assistant_only_loss to False"
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, None, {"assistant_only_loss": True}, data=Dataset.from_list(rows))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_trajectories": True}, "num_trajectories=True must be a whole number"),
+        ({"num_trajectories": 2.0}, "num_trajectories=2.0 must be a whole number"),
+        ({"variance_weight": "0.1"}, "variance_weight='0.1' must be a number"),
+        ({"stability_weight": None}, "stability_weight=None must be a number"),
+        ({"icp_epsilon": None}, "icp_epsilon=None must be a number"),
+        ({"variational_learning_rate": "x"}, "variational_learning_rate='x' must be a number"),
+    ],
+)
+def test_what_is_no_number(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        DIPSFTConfig(output_dir=str(tmp_path), use_cpu=True, **options)
+
+
+def test_an_adapter_that_the_trainer_cannot_see(tmp_path: Path) -> None:
+    model = base_model()
+    model.add_adapter(DIPNetConfig(**ADAPTER))
+    with pytest.raises(
+        ValueError, match=r"model=LlamaForCausalLM holds a DIPNet adapter outside.*pass peft_config"
+    ):
+        make_trainer(tmp_path, None, model=model)
+
+
+def test_nothing_to_predict(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="train_dataset: no row has two tokens"):
+        make_trainer(tmp_path, DIPNetConfig(**ADAPTER), data=Dataset.from_dict({"text": ["", ""]}))
 
 
 def test_dipnets_objective_without_its_adapter(tmp_path: Path) -> None:

@@ -153,6 +153,17 @@ def test_noise_differs_between_steps(tmp_path: Path) -> None:
     assert len(set(losses(trainer))) == 3
 
 
+def test_trajectories_share_what_lies_below_the_first_noised_block(tmp_path: Path) -> None:
+    """Two rows a batch: three times as many from the first noised block on."""
+    options = {"max_steps": 1, "num_trajectories": 3, "per_device_train_batch_size": 2}
+    trainer = make_trainer(tmp_path, DIPNetConfig(**ADAPTER, noise_blocks=[1]), options)
+    rows: list[int] = []
+    for block in trainer.model.get_submodule("base_model.model.model.layers"):
+        block.self_attn.q_proj.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    trainer.train()
+    assert rows == [2, 6, 6]
+
+
 def test_noise_differs_where_a_stream_ends_inside_a_step(tmp_path: Path) -> None:
     """Trainer then takes up the same step anew, with the stream's beginning."""
     options = {"max_steps": 3, "gradient_accumulation_steps": 4, "per_device_train_batch_size": 1}
