@@ -14,13 +14,13 @@ from pathlib import Path
 
 from peft.helpers import MontecloraTrainerMixin
 from transformers import AutoTokenizer
-from transformers.trainer_utils import get_last_checkpoint
 from trl import get_quantization_config
 from yaml import YAMLError
 
 from dip_hf.recipe.arguments import AdapterArguments, DataArguments, make_parser
-from dip_hf.recipe.data import load_eval_dataset, load_train_dataset
+from dip_hf.recipe.data import check_run, load_datasets
 from dip_hf.recipe.dry_run import describe_run
+from dip_hf.recipe.resume import resumed_checkpoint
 from dip_hf.trainer import DIPSFTConfig, DIPSFTTrainer
 
 
@@ -34,9 +34,8 @@ def make_trainer(
     trainer_class: type[DIPSFTTrainer] = DIPSFTTrainer,
 ) -> DIPSFTTrainer:
     """Load data and model. Data comes first: a mistake in it costs no wait for the weights."""
-    evaluates = training.eval_strategy != "no"
-    train_dataset = load_train_dataset(data, training.dataset_text_field)
-    eval_dataset = load_eval_dataset(data, training.dataset_text_field) if evaluates else None
+    check_run(data, training)
+    train_dataset, eval_dataset = load_datasets(data, training)
     given = training.model_init_kwargs
     training.model_init_kwargs = {
         "revision": adapter.model_revision,
@@ -60,24 +59,6 @@ def make_trainer(
         quantization_config=get_quantization_config(adapter),
         peft_config=adapter.peft_config(),
     )
-
-
-def resumed_checkpoint(training: DIPSFTConfig) -> str | None:
-    """The folder that `resume_from_checkpoint` names, that of the last checkpoint where it is true.
-
-    Raises:
-        ValueError: there is none.
-    """
-    given, folder = str(training.resume_from_checkpoint), Path(training.output_dir)
-    if given.lower() in ("none", "false"):
-        return None
-    last = given.lower() == "true"
-    found = get_last_checkpoint(folder) if last and folder.is_dir() else None if last else given
-    if found is None or not Path(found).is_dir():
-        raise ValueError(
-            f"resume_from_checkpoint={given}: no checkpoint in {folder if last else given}; leave it out to begin anew"
-        )
-    return found
 
 
 def train(trainer: DIPSFTTrainer, data: DataArguments, resume: str | None) -> None:

@@ -57,15 +57,13 @@ class DataArguments(ScriptArguments):
         # argparse checks choices on the command line only, not in values that come from a file
         if self.dataset_format not in DATASET_FORMATS:
             raise ValueError(_bad_choice("dataset_format", self.dataset_format, DATASET_FORMATS))
+        self.families = self.families or None  # `--families` without a value stands for none
         if self.families is not None and self.dataset_name is not None:
             raise ValueError(
-                f"families={self.families} and dataset_name={self.dataset_name!r} are both given: remove one of them "
-                "(on the command line, `--dataset_name` cannot undo a file's `families`)"
+                f"families={self.families} and dataset_name={self.dataset_name!r} are both given: remove one of them"
             )
         if self.families is None and self.dataset_name is None:
             raise ValueError("families and dataset_name are both missing: give one of them to say what to train on")
-        if self.families is not None and not self.families:
-            raise ValueError("families=[] is empty: name at least one reasoning family, or remove it")
         if self.ignore_bias_buffers:
             raise ValueError(
                 "ignore_bias_buffers=True is not supported: it works around boolean buffers that the models of today "
@@ -80,8 +78,8 @@ class DataArguments(ScriptArguments):
 class AdapterArguments(ModelConfig):
     """The model and its adapter: [`~trl.ModelConfig`]'s LoRA and quantisation fields, and DIPNet's.
 
-    `use_peft` follows from `adapter` and need not be given. `lora_target_modules: []` in a file makes a DIPNet adapter
-    of noise alone.
+    `use_peft` follows from `adapter` and need not be given. `lora_target_modules: []` in a file, or
+    `--lora_target_modules` without a value, makes a DIPNet adapter of noise alone.
     """
 
     adapter: str = field(
@@ -126,6 +124,15 @@ class AdapterArguments(ModelConfig):
             raise ValueError("use_peft=True contradicts adapter='none': remove use_peft, or choose adapter 'lora'")
         if self.model_name_or_path is None:
             raise ValueError("model_name_or_path is missing: give a model's folder or its name on the Hub")
+        if (
+            self.adapter in ("lora", "monteclora")
+            and self.lora_target_modules == []
+            and not self.lora_target_parameters
+        ):
+            raise ValueError(
+                f"lora_target_modules=[] leaves adapter={self.adapter!r} nothing to train: name modules, or choose "
+                "adapter 'dipnet' for noise alone"
+            )
         self.use_peft = self.adapter != "none"
         self.noise_blocks_choice = parse_blocks(self.noise_blocks)
         if self.variational_rank != 0 and self.adapter != "dipnet":
@@ -172,6 +179,9 @@ class RecipeParser(TrlParser):
     def __init__(self, dataclass_types: Iterable[Any], **kwargs: Any) -> None:
         # A shortened option would silently mean another field after a new one is added
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
+        for action in self._actions:
+            if action.nargs == "+":
+                action.nargs = "*"  # an option without a value is an empty list, as a file can give it
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the several hundred options that the parser knows."""
@@ -186,8 +196,15 @@ class RecipeParser(TrlParser):
         return super().set_defaults_with_config(**config)
 
     def parse_args_into_dataclasses(self, args: Any = None, *others: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """As the parent's; a dry run may ask for bfloat16 on a machine that could not train in it."""
+        """As the parent's, but `families` and `dataset_name` stand in each other's place: one of them among `args`
+        undoes the other in the file. And a dry run may ask for bfloat16 on a machine that could not train in it."""
+        args = sys.argv[1:] if args is None else list(args)
         namespace, _ = self.parse_known_args(args)
+        options = {word.partition("=")[0][2:].replace("-", "_") for word in args if word.startswith("--")}
+        sources = {"families", "dataset_name"}
+        given = {name for name in sources & options if vars(namespace)[name]}
+        if len(given) == 1:
+            self.set_defaults(**dict.fromkeys(sources - given))
         if getattr(namespace, "dry_run", False) and not is_torch_bf16_gpu_available():
             self.set_defaults(use_cpu=True)
         return super().parse_args_into_dataclasses(args, *others, **kwargs)

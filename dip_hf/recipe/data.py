@@ -10,11 +10,49 @@ from datasets.exceptions import DatasetsError
 
 from dip_hf.recipe.arguments import DataArguments
 from dip_hf.recipe.gsm8k import to_prompt_completion
+from dip_hf.trainer import DIPSFTConfig
 
 
 # Column sets that TRL's SFTTrainer prepares or takes as they are
 _TRL_COLUMNS = ({"prompt", "completion"}, {"messages"}, {"conversations"}, {"input_ids"})
 _FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def check_run(data: DataArguments, training: DIPSFTConfig) -> None:
+    """Refuse, before anything loads, what the trainer would stop at once the weights are there.
+
+    Args:
+        data: where the examples come from.
+        training: the trainer's config.
+
+    Raises:
+        ValueError: a step or a batch without rows, or a stream (of unknown length) without a number of steps.
+    """
+    for name, value in (
+        ("per_device_train_batch_size", training.per_device_train_batch_size),
+        ("per_device_eval_batch_size", training.per_device_eval_batch_size),
+        ("gradient_accumulation_steps", training.gradient_accumulation_steps),
+    ):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    if data.families is None and data.dataset_streaming and training.max_steps < 1:
+        raise ValueError(
+            f"max_steps={training.max_steps} with dataset_streaming=True: a stream's length is not known; set "
+            "max_steps, or dataset_streaming to False"
+        )
+
+
+def load_datasets(
+    data: DataArguments, training: DIPSFTConfig
+) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
+    """Load the training and the validation examples; None for the latter where `eval_strategy` is "no".
+
+    Raises:
+        ValueError: as `load_train_dataset`, or the dataset has no such split.
+    """
+    train = load_train_dataset(data, training.dataset_text_field)
+    evaluates = training.eval_strategy != "no"
+    return train, load_eval_dataset(data, training.dataset_text_field) if evaluates else None
 
 
 def load_train_dataset(arguments: DataArguments, text_field: str = "text") -> Dataset | IterableDataset:

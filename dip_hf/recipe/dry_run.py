@@ -23,7 +23,7 @@ from dip_hf.dres import DReSBranch
 from dip_hf.icp import ICPBranch
 from dip_hf.peft_compat import BaseTunerLayer
 from dip_hf.recipe.arguments import AdapterArguments, DataArguments
-from dip_hf.recipe.data import is_local, load_train_dataset
+from dip_hf.recipe.data import check_run, is_local, load_datasets
 from dip_hf.recipe.gsm8k import TRAIN_ROWS as GSM8K_TRAIN_ROWS
 from dip_hf.trainer import DIPSFTConfig, optimizer_groups
 from dip_hf.trainer.checks import check_one_loss_pass, check_posterior
@@ -47,8 +47,10 @@ def describe_run(
         architectures: folder of `NAME.json`, the shapes of models whose config may not be at hand.
 
     Raises:
-        ValueError: the same mistakes that stop a real run before its weights load, or a model of unknown shape.
+        ValueError: the same mistakes that stop a real run before its weights load, those in a dataset of the Hub
+            excepted; or a model of unknown shape.
     """
+    check_run(data, training)
     config, source = _model_config(adapter, architectures)
     model = build_on_meta(config, adapter.dtype)
     base_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -223,12 +225,15 @@ def _describe_data(data: DataArguments, training: DIPSFTConfig) -> tuple[int | N
             f"data        would load {where}, split {data.dataset_train_split!r}, format {data.dataset_format}{known}"
         ]
     # Streamed, a local file is read in place rather than copied into the datasets cache
-    dataset = load_train_dataset(dataclasses.replace(data, dataset_streaming=True), training.dataset_text_field)
+    dataset, held_out = load_datasets(dataclasses.replace(data, dataset_streaming=True), training)
     first = next(iter(dataset))
     rows = sum(1 for _ in dataset)
     source = f"families {', '.join(data.families)}" if data.families else str(data.dataset_name)
     lines = [f"data        {rows:,} rows from {source}; the first:"]
-    return rows, lines + [f"            {key}: {_shorten(value)}" for key, value in first.items()]
+    lines += [f"            {key}: {_shorten(value)}" for key, value in first.items()]
+    if held_out is not None:
+        lines.append(f"            and {sum(1 for _ in held_out):,} rows to evaluate on")
+    return rows, lines
 
 
 def _describe_steps(rows: int | None, training: DIPSFTConfig) -> Iterator[str]:

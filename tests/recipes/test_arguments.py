@@ -77,6 +77,28 @@ def test_adapters_become_peft_configs(tmp_path: Path) -> None:
 
 def test_an_empty_list_of_targets_leaves_noise_alone(tmp_path: Path) -> None:
     assert parse(write(tmp_path, lora_target_modules=[]))[2].peft_config().noise_only
+    path = write(tmp_path, lora_target_modules=["q_proj"])
+    assert parse(path, "--lora_target_modules")[2].peft_config().noise_only
+    with pytest.raises(ValueError, match=r"lora_target_modules=\[\] leaves adapter='lora' nothing to train"):
+        parse(path, "--lora_target_modules", "--adapter", "lora")
+
+
+@pytest.mark.parametrize("option", ["--dataset_name", "--dataset-name"])
+def test_a_dataset_on_the_command_line_wins_over_the_file_s_families(tmp_path: Path, option: str) -> None:
+    path = write(tmp_path, families=["lcm"], dataset_name=None)
+    for options in ([option, "other/data"], [f"{option}=other/data"], [option, "other/data", "--families"]):
+        data, _, _ = parse(path, *options)
+        assert (data.dataset_name, data.families) == ("other/data", None)
+    with pytest.raises(ValueError, match=r"families=\['gcd'\] and dataset_name='other/data' are both given"):
+        parse(path, option, "other/data", "--families", "gcd")
+
+
+def test_families_on_the_command_line_win_over_the_file_s_dataset(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    data, _, _ = parse(path, "--families", "gcd", "lcm")
+    assert (data.dataset_name, data.families) == (None, ["gcd", "lcm"])
+    data, _, _ = parse(path, "--families")
+    assert (data.dataset_name, data.families) == ("some/data", None)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +129,7 @@ def test_an_unknown_option_is_named_with_its_neighbours(tmp_path: Path) -> None:
         ({"dataset_format": "gms8k"}, "dataset_format='gms8k' is not one of"),
         ({"families": ["lcm"]}, "families=.* and dataset_name='some/data'"),
         ({"dataset_name": None}, "families and dataset_name are both missing"),
+        ({"dataset_name": None, "families": []}, "families and dataset_name are both missing"),
         ({"model_name_or_path": None}, "model_name_or_path is missing"),
         ({"train_size": 0}, "train_size=0 must be at least 1"),
         ({"ignore_bias_buffers": True}, "ignore_bias_buffers=True is not supported.*remove it"),

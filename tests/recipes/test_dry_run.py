@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+import datasets
 import pytest
 import torch
 from peft import get_peft_model
@@ -94,7 +95,7 @@ def test_a_local_model_and_dataset(tmp_path: Path, no_network: None) -> None:
         *("--model_name_or_path", str(model), "--dataset_name", str(rows), "--dataset_format", "gsm8k"),
         *("--output_dir", str(tmp_path / "out"), "--lora_target_modules", "all-linear"),
     )
-    assert "weights in that folder" in text
+    assert "weights in that folder" in text and "to evaluate on" not in text
     assert "1 rows from" in text and "The answer is 1" in text
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -126,6 +127,35 @@ def test_what_a_real_run_refuses_is_refused(argv: list[str], message: str, no_ne
         describe(*config, *argv)
     with pytest.raises(SystemExit, match=rf"^recipes/sft\.py: .*{message}"):
         load_sft().main([*config, *argv, "--dry_run"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--eval_strategy", "steps"], r"dataset_test_split='test': .* has only the splits 'train'"),
+        (["--dataset_streaming", "true"], "max_steps=-1 with dataset_streaming=True: .* set max_steps, or"),
+        (["--per_device_train_batch_size", "0"], "per_device_train_batch_size=0 must be at least 1"),
+        (["--per_device_eval_batch_size", "-1"], "per_device_eval_batch_size=-1 must be at least 1"),
+        (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps=0 must be at least 1"),
+    ],
+    ids=["split", "stream", "batch", "evaluation", "accumulation"],
+)
+def test_a_dry_and_a_real_run_refuse_alike(
+    tmp_path: Path, argv: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one line, the real one before its model loads."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "How many?", "completion": " One."}) + "\n")
+    model = save_small_model(tmp_path / "model")
+    (model / "model.safetensors").unlink()
+    fields = [
+        *("--model_name_or_path", str(model), "--dataset_name", str(rows), "--lora_target_modules", "all-linear"),
+        *("--output_dir", str(tmp_path / "out"), "--use_cpu", "--bf16", "false", *argv),
+    ]
+    for run in ([], ["--dry_run"]):
+        with pytest.raises(SystemExit, match=rf"^recipes/sft\.py: {message}"):
+            load_sft().main([*fields, *run])
 
 
 @pytest.mark.parametrize("adapter", ["dipnet", "lora", "none"])

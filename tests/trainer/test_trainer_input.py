@@ -121,9 +121,7 @@ def test_what_is_no_number(options: dict[str, Any], message: str, tmp_path: Path
 def test_an_adapter_that_the_trainer_cannot_see(tmp_path: Path) -> None:
     model = base_model()
     model.add_adapter(DIPNetConfig(**ADAPTER))
-    with pytest.raises(
-        ValueError, match=r"model=LlamaForCausalLM holds a DIPNet adapter outside.*pass peft_config"
-    ):
+    with pytest.raises(ValueError, match=r"model=LlamaForCausalLM holds a DIPNet adapter outside.*pass peft_config"):
         make_trainer(tmp_path, None, model=model)
 
 
