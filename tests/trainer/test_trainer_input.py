@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from transformers import MixtralConfig, MixtralForCausalLM
+from trl import TrlParser
 
 from dip_hf import DIPNetConfig, DIPSFTConfig
 from dip_hf.trainer.checks import check_boundaries, check_noise_setup
@@ -116,6 +117,13 @@ def test_conversation_without_the_assistant(tmp_path: Path) -> None:
 def test_what_is_no_number(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         DIPSFTConfig(output_dir=str(tmp_path), use_cpu=True, **options)
+
+
+def test_numbers_that_a_parser_has_read(tmp_path: Path) -> None:
+    (args,) = TrlParser((DIPSFTConfig,)).parse_args_and_config(
+        ["--output_dir", str(tmp_path), "--use_cpu", "true", "--dres_weight", "1", "--num_trajectories", "2"]
+    )
+    assert (args.dres_weight, args.num_trajectories, args.variational_learning_rate) == (1.0, 2, None)
 
 
 def test_an_adapter_that_the_trainer_cannot_see(tmp_path: Path) -> None:
