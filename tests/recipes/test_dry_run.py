@@ -219,3 +219,10 @@ def test_every_regulariser_at_once(no_network: None) -> None:
     assert "DReS        weight 1.0, token placement through model.layers.3.mlp, K = 8, N = 10" in text
     assert "0.5 of the groups" in text
     assert "ICP         weight 0.5, 1 step(s) of 0.03 from block 0" in text and "comparing blocks [0, 1, 2, 3]" in text
+
+
+def test_the_validation_examples_are_counted() -> None:
+    pytest.importorskip("reasoning_gym")
+    config = str(ROOT / "recipes" / "configs" / "quickstart.yaml")
+    text = describe("--config", config, "--train_size", "3", "--eval_size", "2", "--eval_strategy", "epoch")
+    assert "12 rows from families" in text and "and 8 rows to evaluate on" in text

@@ -1,0 +1,26 @@
+"""Which checkpoint a run goes on from; recipes/sft.py's and recipes/pretrain.py's own runs are tested with them."""
+
+from pathlib import Path
+
+import pytest
+from transformers import TrainingArguments
+
+from dip_hf.recipe.resume import resumed_checkpoint
+
+
+def asked(folder: Path, value: str | None) -> TrainingArguments:
+    return TrainingArguments(output_dir=str(folder), resume_from_checkpoint=value, use_cpu=True)
+
+
+def test_the_named_the_last_or_none(tmp_path: Path) -> None:
+    for step in (2, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    assert resumed_checkpoint(asked(tmp_path, str(tmp_path / "checkpoint-2"))) == str(tmp_path / "checkpoint-2")
+    assert resumed_checkpoint(asked(tmp_path, "true")) == str(tmp_path / "checkpoint-10")
+    assert resumed_checkpoint(asked(tmp_path, None)) is resumed_checkpoint(asked(tmp_path, "false")) is None
+
+
+@pytest.mark.parametrize("value", ["true", "gone"])
+def test_a_checkpoint_that_is_not_there(tmp_path: Path, value: str) -> None:
+    with pytest.raises(ValueError, match=rf"resume_from_checkpoint={value}: no checkpoint in .*; leave it out"):
+        resumed_checkpoint(asked(tmp_path / "empty", value))
