@@ -4,12 +4,14 @@ Run, stop at any time, run again to go on from the last checkpoint:
 
     OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 python recipes/pretrain.py --config recipes/configs/pretrain.yaml
 
-Every field of the configuration can be overridden on the command line, for example `--max_steps 300`.
+Every field of the configuration but `weights` can be overridden on the command line, for example `--max_steps 300`;
+`--resume_from_checkpoint FOLDER` goes on from another checkpoint than the last, `false` from none.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -24,6 +26,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 from dip_hf.reasoning import ANSWER_CUE, INSTRUCTIONS, PRETRAINING, iterate_rows, make_split, score_answer
+from dip_hf.recipe.resume import resumed_checkpoint
 
 
 @dataclass
@@ -145,9 +148,19 @@ def measure_accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 
 
 def main(args: PretrainingArguments, training: SFTConfig) -> None:
-    """Pretrain, write the model and its accuracy per pretraining family to `training.output_dir`."""
-    set_seed(training.seed)
+    """Pretrain, write the model and its accuracy per pretraining family to `training.output_dir`.
+
+    Raises:
+        SystemExit: with one line, where the checkpoint asked for is not there.
+    """
     folder = Path(training.output_dir)
+    try:
+        checkpoint = resumed_checkpoint(training)  # first, for the examples take minutes
+    except ValueError as error:
+        sys.exit(f"recipes/pretrain.py: {error}")
+    if training.resume_from_checkpoint is None and folder.is_dir():
+        checkpoint = get_last_checkpoint(str(folder))
+    set_seed(training.seed)
     pool, tokenizer = build_pool(args, training.seed, folder)
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
     data = order_examples(pool, args.weights, training.max_steps, batch, training.seed)
@@ -170,7 +183,7 @@ def main(args: PretrainingArguments, training: SFTConfig) -> None:
     trainer = SFTTrainer(
         model, args=training, train_dataset=data, processing_class=tokenizer, optimizers=(optimizer, None)
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+    trainer.train(resume_from_checkpoint=checkpoint)
     model.config.use_cache = True  # the trainer turns it off
     trainer.save_model()
     model.eval()

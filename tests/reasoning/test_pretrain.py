@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -13,8 +15,8 @@ import torch
 import yaml
 from datasets import Dataset
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import SFTConfig, TrlParser
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import SFTConfig, SFTTrainer, TrlParser
 
 
 pytest.importorskip("reasoning_gym")
@@ -123,6 +125,81 @@ def test_config_parses_and_the_command_line_wins(recipe: ModuleType, tmp_path: P
     arguments, training = parser.parse_args_and_config(options)
     assert training.max_steps == 7 and training.output_dir == str(tmp_path)
     assert arguments.hidden_size == 192 and not training.bf16
+
+
+def run(recipe: ModuleType, folder: Path, *options: str) -> None:
+    """Pretrain a model of one block for six steps, with a checkpoint after every second."""
+    values = {
+        **{"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16},
+        **{"vocab_size": 400, "examples_per_family": 20, "accuracy_examples": 1, "disable_tqdm": True},
+        **{"max_steps": 6, "save_steps": 2, "logging_steps": 1, "warmup_steps": 1},
+        **{"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+        "lr_scheduler_kwargs": '{"num_decay_steps": 3, "decay_type": "cosine"}',
+    }
+    fields = [word for name, value in values.items() for word in (f"--{name}", str(value))]
+    config = str(RECIPES / "configs" / "pretrain.yaml")
+    parser = TrlParser([recipe.PretrainingArguments, SFTConfig])
+    recipe.main(*parser.parse_args_and_config(["--config", config, "--output_dir", str(folder), *fields, *options]))
+
+
+def logged_losses(folder: Path) -> dict[int, float]:
+    history = json.loads((folder / "checkpoint-6" / "trainer_state.json").read_text())["log_history"]
+    return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+
+
+class Kill(TrainerCallback):
+    """Ends the run behind its first checkpoint."""
+
+    def on_save(self, *_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_goes_on_with_the_losses_of_a_whole_one(
+    recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(recipe, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(recipe, "SFTTrainer", functools.partial(SFTTrainer, callbacks=[Kill()]))
+        run(recipe, tmp_path / "cut")
+    assert [path.name for path in (tmp_path / "cut").glob("checkpoint-*")] == ["checkpoint-2"]
+    run(recipe, tmp_path / "cut")
+    whole = logged_losses(tmp_path / "whole")
+    assert sorted(whole) == [1, 2, 3, 4, 5, 6] and len(set(whole.values())) == 6
+    assert logged_losses(tmp_path / "cut") == whole
+    weights = [
+        AutoModelForCausalLM.from_pretrained(tmp_path / name).get_input_embeddings().weight
+        for name in ("whole", "cut")
+    ]
+    assert torch.equal(*weights)
+    assert json.loads((tmp_path / "cut" / "accuracy.json").read_text()).keys() == {f.name for f in PRETRAINING}
+
+
+@pytest.mark.parametrize("value", ["true", "gone"])
+def test_a_missing_checkpoint_is_refused_before_any_example_is_drawn(
+    recipe: ModuleType, tmp_path: Path, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipe, "build_pool", lambda *_: pytest.fail("drew examples"))
+    with pytest.raises(SystemExit, match=rf"^recipes/pretrain\.py: resume_from_checkpoint={value}: no checkpoint in"):
+        run(recipe, tmp_path / "out", "--resume_from_checkpoint", value)
+
+
+def test_the_checkpoint_asked_for_is_gone_on_from(
+    recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stop(Exception):
+        pass
+
+    def train(self: SFTTrainer, resume_from_checkpoint: str | None) -> None:
+        raise Stop(resume_from_checkpoint)
+
+    folders = [tmp_path / f"checkpoint-{step}" for step in (2, 4)]
+    for folder in folders:
+        folder.mkdir()
+    monkeypatch.setattr(SFTTrainer, "train", train)
+    for options, expected in (([], str(folders[1])), ([str(folders[0])], str(folders[0])), (["false"], None)):
+        with pytest.raises(Stop) as stop:
+            run(recipe, tmp_path, *(["--resume_from_checkpoint", *options] if options else []))
+        assert stop.value.args == (expected,)
 
 
 def test_base_model_loads_and_answers(recipe: ModuleType) -> None:
