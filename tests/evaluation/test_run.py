@@ -278,10 +278,13 @@ cli_evaluate()
 """
 
 
-def test_the_stock_command_runs_hf_dip(base_folder: str, dipnet_folder: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("model", "more"), [("hf", ""), ("hf-dip", ",num_samples=2")])
+def test_the_stock_command_loads_the_adapter(
+    model: str, more: str, base_folder: str, dipnet_folder: str, tmp_path: Path
+) -> None:
     """With evals/register.yaml the stock command knows the model and the adapter; nothing else imports dip_hf."""
-    arguments = f"pretrained={base_folder},peft={dipnet_folder},num_samples=2"
-    command = [sys.executable, "-c", COMMAND, str(tmp_path), "--model", "hf-dip", "--model_args", arguments]
+    arguments = f"pretrained={base_folder},peft={dipnet_folder}{more}"
+    command = [sys.executable, "-c", COMMAND, str(tmp_path), "--model", model, "--model_args", arguments]
     command += ["--include_path", "evals", "--tasks", "evals/register.yaml,dip_unseen_products"]
     command += ["--limit", "2", "--batch_size", "2", "--device", "cpu"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PYTHONPATH": str(ROOT)}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+import shlex
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -115,6 +117,25 @@ def test_bad_task_names_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     )
     with pytest.raises(ValueError, match=r"tasks: 'dip_reasonning' is neither .* did you mean dip_reasoning"):
         load_tasks(["dip_reasonning"], EVALS)
+
+
+def test_the_commands_in_the_readme_name_what_is_there() -> None:
+    """And those for an adapter that PEFT does not know name the file that registers it."""
+    blocks = re.findall(r"```bash\n(.*?)```", (EVALS / "README.md").read_text(), re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    commands = [words for words in map(shlex.split, lines) if words[:1] == ["lm_eval"]]
+    known = TaskManager(include_path=EVALS, include_defaults=False).all_tasks
+    kinds = set()
+    for words in commands:
+        options = dict(zip(words[1::2], words[2::2], strict=True))
+        adapter = options["--model_args"].partition("peft=")[2].partition(",")[0]
+        kinds.add((options["--model"], adapter))
+        register, *tasks = options["--tasks"].split(",")
+        if adapter != "ADAPTER":
+            register, tasks = "evals/register.yaml", [register, *tasks]
+        assert (register, options["--include_path"]) == ("evals/register.yaml", "evals")
+        assert tasks and set(tasks) <= set(known)
+    assert kinds == {("hf", ""), ("hf", "LORA"), ("hf", "ADAPTER"), ("hf-dip", "ADAPTER")}
 
 
 def test_the_standard_group_names_tasks_that_lm_eval_has() -> None:
