@@ -60,7 +60,7 @@ quickstart: $(INSTALLED)
 quality: $(INSTALLED)
 	$(BIN)/ruff check $(CHECKED)
 	$(BIN)/ruff format --check $(CHECKED)
-	$(BIN)/mypy dip_hf recipes
+	$(BIN)/mypy dip_hf recipes benchmarks evals
 	$(BIN)/mypy -p studies
 
 style: $(INSTALLED)

@@ -14,7 +14,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,7 +153,7 @@ def trimmed_mean(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(kept), statistics.stdev(winsorised) / ((1 - 2 * TRIM) * len(ordered) ** 0.5)
 
 
-def take_turns(arms: dict[str, Callable[[], float]], rounds: int, title: str) -> dict[str, list[float]]:
+def take_turns(arms: Mapping[str, Callable[[], float]], rounds: int, title: str) -> dict[str, list[float]]:
     """Seconds of each arm in each round; an arm returns the seconds of one timing. No garbage collection within."""
     times: dict[str, list[float]] = {name: [] for name in arms}
     names = list(arms)
