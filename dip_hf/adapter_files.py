@@ -17,6 +17,10 @@ from safetensors import SafetensorError, safe_open
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLED_NAME = "adapter_model.bin"
+CONVERSION = (
+    f"convert it with safetensors.torch.save_file(torch.load({PICKLED_NAME!r}, weights_only=True), {WEIGHTS_NAME!r})"
+)
+"""What to do about a pickled file: `weights_only` runs no code from it."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Tensor names of a weight file, and the shapes that its header declares."""
@@ -48,7 +52,7 @@ def check_adapter_folder(folder: str | Path, require_weights: bool = True) -> No
     elif pickled.exists():
         raise ValueError(
             f"{pickled} is a pickled weight file, which can execute code when loaded; dip_hf reads only safetensors. "
-            "Convert it with PEFT where you trust its origin, and save again."
+            f"Save it again, or {CONVERSION}."
         )
     elif require_weights:
         raise ValueError(f"No {WEIGHTS_NAME} in {folder}: the adapter's weights are missing; save or copy it again.")

@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from dip_hf.adapter_files import CONFIG_NAME, PICKLED_NAME, WEIGHTS_NAME, check_adapter_folder
+from dip_hf.adapter_files import CONFIG_NAME, CONVERSION, PICKLED_NAME, WEIGHTS_NAME, check_adapter_folder
 
 
 @pytest.fixture
@@ -64,8 +65,19 @@ def test_a_pickle_under_the_name_of_a_safetensors_file(folder: Path) -> None:
 def test_a_pickled_weight_file(folder: Path, require_weights: bool) -> None:
     (folder / WEIGHTS_NAME).unlink()
     torch.save({"weight": torch.zeros(64)}, folder / PICKLED_NAME)
-    with pytest.raises(ValueError, match=r"adapter_model.bin is a pickled .*only safetensors.*save again"):
+    with pytest.raises(
+        ValueError, match=r"adapter_model.bin is a pickled .*only safetensors.*Save it again, or convert it"
+    ):
         check_adapter_folder(folder, require_weights)
+
+
+def test_the_remedy_for_a_pickled_weight_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / WEIGHTS_NAME).unlink()
+    torch.save({"weight": torch.ones(64)}, folder / PICKLED_NAME)
+    monkeypatch.chdir(folder)
+    exec(CONVERSION.removeprefix("convert it with "), {"torch": torch, "safetensors": safetensors})
+    check_adapter_folder(folder)
+    assert torch.equal(load_file(folder / WEIGHTS_NAME)["weight"], torch.ones(64))
 
 
 def test_a_pickle_beside_a_safetensors_file_is_not_read(folder: Path) -> None:

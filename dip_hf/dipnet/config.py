@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any, Self
 from peft import LoraConfig
 
 from dip_hf.adapter_files import (
+    CONVERSION,
+    PICKLED_NAME,
     WEIGHTS_NAME,
     Shapes,
     check_adapter_folder,
@@ -173,6 +176,17 @@ class DIPNetConfig(LoraConfig):
     def noise_only(self) -> bool:
         """Whether the adapter has noise and no LoRA weights."""
         return self.target_modules == DUMMY_TARGET_MODULES
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT's, with a warning beside weights that were pickled, which cannot be loaded as they are."""
+        super().save_pretrained(save_directory, **kwargs)
+        folder = Path(save_directory)
+        if (folder / PICKLED_NAME).is_file() and not (folder / WEIGHTS_NAME).is_file():
+            warnings.warn(
+                f"safe_serialization=False has pickled the weights in {folder}, and dip_hf reads only safetensors; "
+                f"save again without it, or {CONVERSION}.",
+                stacklevel=3,  # the caller of the model's save_pretrained
+            )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Self:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dip_hf import DIPNetConfig
@@ -145,3 +146,16 @@ def test_a_damaged_or_pickled_adapter_is_not_loaded(saved: Path) -> None:
     torch.save({}, saved / "adapter_model.bin")
     with pytest.raises(ValueError, match=r"adapter_model.bin is a pickled weight file"):
         PeftModel.from_pretrained(build(), saved)
+
+
+def test_saving_a_pickle_warns(saved: Path, tmp_path: Path) -> None:
+    model = PeftModel.from_pretrained(build(), saved)
+    message = r"safe_serialization=False has pickled .*save again without it, or convert it with safetensors"
+    with pytest.warns(UserWarning, match=message) as warned:
+        model.save_pretrained(tmp_path / "pickled", safe_serialization=False)
+    assert [warning.filename for warning in warned] == [__file__]
+    pickle = tmp_path / "pickled" / "adapter_model.bin"
+    save_file(torch.load(pickle, weights_only=True), pickle.with_suffix(".safetensors"))
+    expected, found = (load_file(folder / "adapter_model.safetensors") for folder in (saved, tmp_path / "pickled"))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert isinstance(PeftModel.from_pretrained(build(), tmp_path / "pickled"), PeftModel)
