@@ -169,16 +169,11 @@ def _short(value: Any) -> str:
 
 
 def check_declared(config: LoraConfig, shapes: Shapes) -> None:
-    """Refuse a configuration that asks for more than its weight file holds.
+    """Refuse a configuration that asks for more than its weight file holds, as far as can be told without the model.
 
     Raises:
-        ValueError: `modules_to_save` or `trainable_token_indices` asks for weights that the file has not.
+        ValueError: `trainable_token_indices` asks for weights that the file has not.
     """
-    for name in config.modules_to_save or ():
-        if not any(f".{name}." in key for key in shapes):
-            raise ValueError(
-                f"modules_to_save: the weight file holds nothing of {name!r}; save or download the adapter again."
-            )
     if config.trainable_token_indices is not None and not any("trainable_tokens_" in key for key in shapes):
         raise ValueError(
             "trainable_token_indices: the weight file holds no trained tokens; correct it, or save the adapter again."

@@ -62,6 +62,30 @@ def check_target(
         _check_posterior(config, name, shapes)
 
 
+def check_saved_modules(config: DIPNetConfig, model: nn.Module, shapes: Shapes) -> None:
+    """Refuse a file without the weights of a module that `modules_to_save` names, before PEFT copies that module.
+
+    A name that fits no module asks for nothing: for classification PEFT adds both `classifier` and `score`, of which
+    a model has one.
+
+    Args:
+        config: of the adapter.
+        model: the base, perhaps with other adapters.
+        shapes: the weight file's.
+
+    Raises:
+        ValueError: the file holds nothing of such a module. Names the module.
+    """
+    suffixes = tuple(config.modules_to_save or ())  # as PEFT matches them
+    for name, module in model.named_modules():
+        prefix = f"{_FILE_PREFIX}{clean_name(name)}."
+        has_weights = next(module.parameters(), None) is not None
+        if name.endswith(suffixes) and has_weights and not any(key.startswith(prefix) for key in shapes):
+            raise ValueError(
+                f"modules_to_save: the weight file holds nothing of {name!r}; save or download the adapter again."
+            )
+
+
 def _check_posterior(config: DIPNetConfig, name: str, shapes: Shapes) -> None:
     """Where the module is variational, S of shape (R, r, n) must be declared beside A of shape (r, n)."""
     names = [clean_name(block) for block in config.block_names or ()]
@@ -129,10 +153,13 @@ class CheckedLoraModel(LoraModel):
         Raises:
             ValueError: for a configuration from a file, in place of any error.
         """
+        config = self.peft_config[adapter_name]
+        if config._weight_shapes is not None:
+            check_saved_modules(config, model, config._weight_shapes)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception as error:
-            if self.peft_config[adapter_name]._weight_shapes is None or isinstance(error, ValueError):
+            if config._weight_shapes is None or isinstance(error, ValueError):
                 raise
             raise ValueError(
                 f"adapter_config.json cannot be applied to {type(model).__name__} ({type(error).__name__}: {error}); "
