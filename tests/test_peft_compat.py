@@ -55,6 +55,14 @@ def test_importing_registers_the_method() -> None:
         (BaseTuner, "_remap_adapter_state_dict_for_load", ["model", "config", "adapter_name", "state_dict"]),
         (
             LoraModel,
+            "_convert_state_dict_for_initial_model",
+            [
+                *("peft_model", "peft_config", "path_initial_model_for_weight_conversion", "output_state_dict"),
+                "kwargs",
+            ],
+        ),
+        (
+            LoraModel,
             "_create_and_replace",
             ["lora_config", "adapter_name", "target", "target_name", "parent", "current_key"],
         ),

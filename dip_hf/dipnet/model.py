@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from dip_hf.blocks import find_decoder_blocks, select_blocks
 from dip_hf.dipnet.config import DIPNetConfig
 from dip_hf.dipnet.layer import NoiseSite, random_layers
+from dip_hf.dipnet.saving import SavedLoraModel
 from dip_hf.dipnet.trajectories import check_model, fold_trajectories
-from dip_hf.dipnet.weight_checks import CheckedLoraModel
 from dip_hf.ibvi.layer import Covariance, active_covariances, make_point
 from dip_hf.ibvi.placement import add_posteriors, check_targets
 from dip_hf.noise import NoiseKey
 from dip_hf.noise_state import NoiseState
-from dip_hf.peft_compat import BaseTunerLayer, LoraLayer, clean_name
+from dip_hf.peft_compat import BaseTunerLayer, LoraLayer
 
 
 SITE_NAME = "dip_noise"
@@ -40,7 +40,7 @@ def _input_size(model: nn.Module, block: nn.Module, name: str) -> int:
     )
 
 
-class DIPNetModel(CheckedLoraModel):
+class DIPNetModel(SavedLoraModel):
     """`LoraModel` that also puts noise sites on decoder blocks, and posteriors in LoRA layers, as its config says.
 
     A site is a child module of the block with a forward pre-hook; the block itself is not wrapped, so everything
@@ -265,29 +265,6 @@ class DIPNetModel(CheckedLoraModel):
                 )
         with super()._enable_peft_forward_hooks(*args, **kwargs):
             yield
-
-    @classmethod
-    def _get_adapter_state_dict(
-        cls,
-        model: nn.Module,
-        config: DIPNetConfig,
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
-        unwanted_adapter_names: list[str],
-    ) -> dict[str, Tensor]:
-        # PEFT looks parameters up under their modules' names, which have the wrapper's part in them where a block is
-        # wrapped (checkpoint_wrapper, FSDP), as the state dict's keys have not.
-        modules = {clean_name(name): name.removeprefix("_fsdp_wrapped_module.") for name, _ in model.named_modules()}
-        wrapped = {}
-        for key, value in state_dict.items():
-            parent, _, leaf = clean_name(key).rpartition(".")
-            wrapped[f"{modules[parent]}.{leaf}" if parent in modules else key] = value
-        return super()._get_adapter_state_dict(model, config, adapter_name, wrapped, unwanted_adapter_names)
-
-    @classmethod
-    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # PEFT applies it on saving and, to the model's keys, on loading: no wrapper leaves a trace in a file.
-        return clean_name(super()._remove_adapter_name_from_key(key, adapter_name))
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
