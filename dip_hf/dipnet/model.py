@@ -82,7 +82,7 @@ class DIPNetModel(SavedLoraModel):
         # After PEFT's own injection, which takes a model that already holds tuner layers for a second adapter's.
         self.noise_state = self._shared_state(model)
         for layer in chosen:
-            self._add_site(model, adapter_name, config, layer, low_cpu_mem_usage)
+            self._add_site(model, adapter_name, config, layer)
         if variational:
             add_posteriors(model, adapter_name, config, variational, self.noise_state, low_cpu_mem_usage)
 
@@ -123,14 +123,7 @@ class DIPNetModel(SavedLoraModel):
             site.detach(next(m for m in block.modules() if m._modules.get(SITE_NAME) is site), SITE_NAME)
             site.attach(block, SITE_NAME)
 
-    def _add_site(
-        self,
-        model: nn.Module,
-        adapter_name: str,
-        config: DIPNetConfig,
-        layer: int,
-        low_cpu_mem_usage: bool,
-    ) -> None:
+    def _add_site(self, model: nn.Module, adapter_name: str, config: DIPNetConfig, layer: int) -> None:
         assert config.block_names is not None  # resolved above
         name = config.block_names[layer]
         block = model.get_submodule(name)
@@ -145,12 +138,11 @@ class DIPNetModel(SavedLoraModel):
         )
         leaf = site.leaf(adapter_name)
         parameter = next(block.parameters(), None)
-        if low_cpu_mem_usage:
-            leaf.weight = nn.Parameter(leaf.weight.to("meta"))  # assigned on loading, like LoRA's
         if parameter is not None and not parameter.is_meta:
             leaf.rms = leaf.rms.to(parameter.device)
-            if not leaf.weight.is_meta:  # PEFT loads under a context that makes new parameters on the meta device
-                leaf.weight.data = leaf.weight.to(parameter.device)
+            # Where memory shall be saved, PEFT has put the new parameter on the meta device, and would put another one
+            # there. These few numbers are real from the start, since without a file to load nothing would fill them.
+            leaf._parameters["weight"] = nn.Parameter(leaf.initial().to(parameter.device))
         site._active_adapter = self.active_adapters
         trainable = adapter_name in self.active_adapters and config.learn_noise and not config.inference_mode
         leaf.weight.requires_grad_(trainable)

@@ -11,8 +11,11 @@ import torch
 from peft import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
+    EvaConfig,
     PeftModel,
+    get_peft_model,
     get_peft_model_state_dict,
+    initialize_lora_eva_weights,
     inject_adapter_in_model,
 )
 from peft.tuners.lora import BdLoraConfig
@@ -124,6 +127,22 @@ def test_save_and_load(model: PeftModel, base: str, tmp_path: Path, low_cpu_mem_
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     trainable = PeftModel.from_pretrained(load_base(base), tmp_path / "adapter", is_trainable=True)
     assert sites(trainable)[0].leaf("default").weight.requires_grad
+
+
+@pytest.mark.parametrize("rho", [1.0, 2.0])  # which lets ranks differ
+def test_eva_fills_what_was_made_without_memory(base: str, tmp_path: Path, rho: float) -> None:
+    arguments = {"target_modules": ["q_proj", "v_proj"], "eva_config": EvaConfig(rho=rho)}
+    eva = config(init_lora_weights="eva", **arguments)
+    model = get_peft_model(load_base(base), eva, low_cpu_mem_usage=True)
+    initialize_lora_eva_weights(model, [batch(8, 16)] * 3, show_progress_bar=False)
+    assert all(torch.equal(site.leaf("default").weight, site.leaf("default").initial()) for site in sites(model))
+    model.train()(**batch()).logits.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+    expected = noisy(model.eval())
+    model.save_pretrained(tmp_path)
+    for low_cpu_mem_usage in (False, True):
+        loaded = PeftModel.from_pretrained(load_base(base), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+        assert torch.equal(noisy(loaded), expected)
 
 
 def test_auto_classes_and_transformers_load_it(model: PeftModel, base: str, tmp_path: Path) -> None:
