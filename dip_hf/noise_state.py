@@ -27,6 +27,7 @@ class NoiseState:
         key: `NoiseKey.tensor()` of the current forward pass.
         posterior_key: the same for the posteriors, which may keep their sample while the noise changes.
         trajectories: m, the number of trajectories folded into the batch from the first random block on.
+        averaged: whether whoever opened the context makes one output of the m trajectories', as generation needs.
         sampling: whether a `sampling` context is open: noise is then on in evaluation too, under that context's key.
         visited: what drew noise outside such a context: who comes again belongs to a new forward pass, which gets a
             new key.
@@ -42,6 +43,7 @@ class NoiseState:
     key: Tensor = field(default_factory=lambda: NoiseKey(0).tensor())
     posterior_key: Tensor = field(default_factory=lambda: NoiseKey(0).tensor())
     trajectories: int = 1
+    averaged: bool = False
     sampling: bool = False
     visited: set[int] = field(default_factory=set)
     tokens: int = 0
@@ -50,16 +52,19 @@ class NoiseState:
     log_variances: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @contextmanager
-    def passes_under(self, key: NoiseKey, posterior_key: NoiseKey, trajectories: int) -> Iterator[None]:
+    def passes_under(
+        self, key: NoiseKey, posterior_key: NoiseKey, trajectories: int, averaged: bool
+    ) -> Iterator[None]:
         """Forward passes inside are sampled, with these keys and m; contexts nest."""
-        outer = (self.key, self.posterior_key, self.trajectories, self.sampling, self.log_variances)
-        self.key, self.posterior_key, self.trajectories = key.tensor(), posterior_key.tensor(), trajectories
+        outer = (self.key, self.posterior_key, self.trajectories, self.averaged, self.sampling, self.log_variances)
+        self.key, self.posterior_key = key.tensor(), posterior_key.tensor()
+        self.trajectories, self.averaged = trajectories, averaged
         self.sampling, self.log_variances = True, {}
         self.last_sample = (self.posterior_key, trajectories)
         try:
             yield
         finally:
-            self.key, self.posterior_key, self.trajectories, self.sampling, self.log_variances = outer
+            self.key, self.posterior_key, self.trajectories, self.averaged, self.sampling, self.log_variances = outer
 
     def enter_layer(self, layer: int, seed: int) -> None:
         """Outside any `sampling` context: on a new forward pass, go on to the next step of `seed` and this rank.

@@ -164,6 +164,20 @@ class DIPNetModel(SavedLoraModel):
         finally:
             self.noise_state.attention_mask = None
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's. PEFT calls it for an adapter with a `task_type`, and otherwise the model's own, unchecked.
+
+        Raises:
+            ValueError: inside `sampling` with several trajectories, whose next tokens would be m for every row.
+        """
+        m = self.noise_state.trajectories
+        if m > 1 and not self.noise_state.averaged:
+            raise ValueError(
+                f"generate inside sampling(trajectories={m}): a row would get {m} next tokens; generate with "
+                f"trajectories=1, or by the average of {m} with lm-eval's model hf-dip (num_samples={m})."
+            )
+        return self.model.generate(*args, **kwargs)
+
     def block_names(self) -> list[str]:
         """Module names of all decoder blocks, in order of depth."""
         names = self.peft_config[self.active_adapters[0]].block_names
@@ -180,7 +194,7 @@ class DIPNetModel(SavedLoraModel):
 
     @contextmanager
     def sampling(
-        self, key: NoiseKey, trajectories: int = 1, posterior_key: NoiseKey | None = None
+        self, key: NoiseKey, trajectories: int = 1, posterior_key: NoiseKey | None = None, averaged: bool = False
     ) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
         """Forward passes inside draw noise, and weights from the posterior, under `key`, in evaluation mode too.
 
@@ -192,6 +206,7 @@ class DIPNetModel(SavedLoraModel):
             trajectories: m ≥ 1; each has a noise and a z of its own.
             posterior_key: the key of z, where it shall stay while the noise changes, as in a generation token by
                 token; None for `key`.
+            averaged: the caller makes one output of every row's m, by a hook on the model, which `generate` needs.
 
         Yields:
             A dictionary that a forward pass fills: block index to (log-variance relative to the squared RMS, shape
@@ -205,7 +220,7 @@ class DIPNetModel(SavedLoraModel):
             raise ValueError(f"trajectories={trajectories} must be at least 1.")
         if trajectories > 1 and hasattr(self.model, "config"):
             check_model(self.model.config, trajectories)
-        with self.noise_state.passes_under(key, posterior_key or key, trajectories):
+        with self.noise_state.passes_under(key, posterior_key or key, trajectories, averaged):
             layers = random_layers(self.model)
             first = next(layers, None)
             if first is None:

@@ -130,8 +130,10 @@ class NoiseSampler(Sampler):
             pass
 
     def sampling(self, key: NoiseKey) -> AbstractContextManager[Any]:
-        """The tuner's own context."""
-        return self._tuner.sampling(key, trajectories=self.num_samples, posterior_key=self._posterior_key)
+        """The tuner's own context, for passes whose outputs are averaged."""
+        return self._tuner.sampling(
+            key, trajectories=self.num_samples, posterior_key=self._posterior_key, averaged=True
+        )
 
 
 class DropoutSampler(Sampler):

@@ -63,6 +63,16 @@ def test_generation_with_a_cache_equals_generation_without(model: PeftModel) -> 
     assert torch.equal(cached, plain)
 
 
+def test_generation_from_several_trajectories_is_refused(model: PeftModel) -> None:
+    arguments = {**batch(padded=True), "max_new_tokens": 2, "do_sample": False}
+    message = r"generate inside sampling\(trajectories=2\).*trajectories=1, or .*hf-dip \(num_samples=2\)"
+    with model.base_model.sampling(KEY, trajectories=2), pytest.raises(ValueError, match=message):
+        model.generate(**arguments)
+    with model.base_model.sampling(KEY, trajectories=1):
+        assert model.generate(**arguments).shape == (3, 12)
+    assert model.generate(**arguments).shape == (3, 12)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_after_a_cast(model: PeftModel, dtype: torch.dtype) -> None:
     noisy(model)

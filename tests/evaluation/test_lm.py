@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -133,10 +134,10 @@ def test_generation_draws_new_noise_for_every_token(base_folder: str, dipnet_fol
     keys, posterior_keys = [], []
     original = model.model.base_model.sampling
 
-    def recording(key: NoiseKey, trajectories: int, posterior_key: NoiseKey):
+    def recording(key: NoiseKey, posterior_key: NoiseKey, **arguments: Any):
         keys.append(key)
         posterior_keys.append(posterior_key)
-        return original(key, trajectories=trajectories, posterior_key=posterior_key)
+        return original(key, posterior_key=posterior_key, **arguments)
 
     model.model.base_model.sampling = recording
     context = torch.tensor([model.tok_encode(PROMPTS[0])])
