@@ -66,6 +66,15 @@ class NoiseState:
         finally:
             self.key, self.posterior_key, self.trajectories, self.averaged, self.sampling, self.log_variances = outer
 
+    @contextmanager
+    def masked(self, attention_mask: Tensor | None) -> Iterator[None]:
+        """Forward passes inside have this mask."""
+        outer, self.attention_mask = self.attention_mask, attention_mask
+        try:
+            yield
+        finally:
+            self.attention_mask = outer
+
     def enter_layer(self, layer: int, seed: int) -> None:
         """Outside any `sampling` context: on a new forward pass, go on to the next step of `seed` and this rank.
 

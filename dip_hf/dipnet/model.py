@@ -158,11 +158,8 @@ class DIPNetModel(SavedLoraModel):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As PEFT's; the sites learn which tokens are padding, which must not count in the noise's scale."""
-        self.noise_state.attention_mask = kwargs.get("attention_mask")
-        try:
+        with self.noise_state.masked(kwargs.get("attention_mask")):
             return super().forward(*args, **kwargs)
-        finally:
-            self.noise_state.attention_mask = None
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's. PEFT calls it for an adapter with a `task_type`, and otherwise the model's own, unchecked.
@@ -270,7 +267,9 @@ class DIPNetModel(SavedLoraModel):
                     f"adapter_names={kwargs['adapter_names']}: the rows of one batch cannot have different noise; run "
                     "adapters with noise_in_eval=True, or inside `sampling`, one at a time."
                 )
-        with super()._enable_peft_forward_hooks(*args, **kwargs):
+        # A PeftModel without a task type calls the model inside of this, and never the tuner
+        mask = self.noise_state.masked(kwargs.get("attention_mask"))
+        with mask, super()._enable_peft_forward_hooks(*args, **kwargs):
             yield
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:

@@ -92,7 +92,10 @@ def test_frozen_noise_stays_frozen(base: str) -> None:
     assert not torch.equal(noisy(model), logits(model))
 
 
-def test_the_scale_is_measured_once_and_stored(model: PeftModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("task_type", ["CAUSAL_LM", None])
+def test_the_scale_is_measured_once_and_stored(task_type: str | None, base: str, tmp_path: Path) -> None:
+    """Without a task type PEFT calls the model inside of the tuner."""
+    model = adapt(load_base(base), noise_blocks=2, task_type=task_type).eval()
     leaves = [site.leaf("default") for site in sites(model)]
     assert all(leaf.rms.item() == 0 for leaf in leaves)
     seen: list[Tensor] = []

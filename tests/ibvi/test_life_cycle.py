@@ -191,7 +191,13 @@ def test_weighted_adapters_combine_the_means(model: PeftModel, base: str, tmp_pa
     assert not any(leaf.weight.any() or leaf.weight.requires_grad for _, leaf in posteriors(model, "both").values())
     model.save_pretrained(tmp_path, selected_adapters=["both"])
     loaded = PeftModel.from_pretrained(load_base(base), tmp_path / "both")
-    assert torch.equal(logits(loaded), logits(model)) and torch.equal(noisy(loaded), logits(model))
+    saved, read = (
+        get_peft_model_state_dict(one, adapter_name=name) for one, name in ((model, "both"), (loaded, "default"))
+    )
+    assert saved.keys() == read.keys() and all(torch.equal(saved[name], read[name]) for name in saved)
+    # PEFT leaves what a decomposition gives as it lies in memory, by rows or columns, which decides how BLAS rounds
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-6)
+    assert torch.equal(noisy(loaded), logits(loaded))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
