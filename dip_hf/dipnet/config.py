@@ -23,7 +23,7 @@ from dip_hf.adapter_files import (
     read_config,
 )
 from dip_hf.blocks import last_share
-from dip_hf.dipnet.field_checks import check_declared, check_fields, transformers_class
+from dip_hf.dipnet.field_checks import check_declared, check_fields
 from dip_hf.peft_compat import DUMMY_TARGET_MODULES, DIPPeftType, requested_variants
 
 
@@ -100,7 +100,7 @@ class DIPNetConfig(LoraConfig):
         except TypeError as error:  # of PEFT's nested configurations
             raise ValueError(f"{error}; correct the field, or leave it unset.") from error
         self.peft_type = DIPPeftType.DIPNET
-        self.auto_mapping: dict[str, str] | None = transformers_class(self.auto_mapping)
+        self.auto_mapping = None  # PEFT would import the module that it names
         self._weight_shapes: Shapes | None = None  # of the weight file that this configuration came with
         if self.dip_format not in range(1, ADAPTER_FORMAT + 1):
             raise ValueError(

@@ -28,7 +28,6 @@ _PATTERN_FIELDS = (
 )
 _OWN_CHECKS = ("dip_format", "noise_blocks", "variational_blocks")  # DIPNetConfig says more about their types
 _OPEN_LITERALS = ("init_lora_weights",)  # PEFT takes "pissa_niter_16" and the like
-_IN_TRANSFORMERS = re.compile(r"transformers(\.[a-z]\w*)*", re.ASCII)
 _TOKEN = re.compile(
     r"\\(?P<escape>.)|(?P<set>\[\^?\]?(?:\\.|[^\]\\])*\])|(?P<open>\((?:\?(?::|=|!|<=|<!|P<\w+>))?)|(?P<close>\))"
     r"|(?P<repeat>(?:[*+]|\{\d*,?\d*\})[?+]?)|(?P<optional>\?[?+]?)|(?P<bar>\|)|(?P<other>.)",
@@ -116,18 +115,6 @@ def check_pattern(field: str, pattern: str) -> None:
         re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"No regular expression ({error}) {remedy}") from error
-
-
-def transformers_class(mapping: Any) -> dict[str, str] | None:
-    """An `auto_mapping`, if it names a class in a module of transformers; None for any other.
-
-    AutoPeft imports the module. Of the packages that PEFT lets it name, transformers alone is imported in any case.
-    """
-    if not isinstance(mapping, dict) or set(mapping) != {"base_model_class", "parent_library"}:
-        return None
-    if not all(isinstance(name, str) for name in mapping.values()):
-        return None
-    return mapping if _IN_TRANSFORMERS.fullmatch(mapping["parent_library"]) else None
 
 
 def _hints(config_class: type[LoraConfig]) -> dict[str, Any]:

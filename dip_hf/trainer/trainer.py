@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from contextlib import ExitStack
 from dataclasses import fields, replace
@@ -10,11 +11,12 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, TaskType
 from torch import Tensor
 from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
+from dip_hf.dipnet.config import DIPNetConfig
 from dip_hf.dipnet.model import DIPNetModel
 from dip_hf.dres import DReSBranch
 from dip_hf.icp import ICPBranch
@@ -79,6 +81,11 @@ class DIPSFTTrainer(PublishingTrainer):
         eval_dataset = kwargs.get("eval_dataset")
         for name, dataset in eval_dataset.items() if isinstance(eval_dataset, dict) else [("", eval_dataset)]:
             check_dataset(f"eval_dataset {name}".strip(), dataset, *only)
+        adapter = kwargs.get("peft_config")
+        if isinstance(adapter, DIPNetConfig) and adapter.task_type is None:
+            # AutoPeft would need a class's name from the adapter's file instead, which no file of ours is asked for
+            kwargs["peft_config"] = adapter = copy.copy(adapter)
+            adapter.task_type = TaskType.CAUSAL_LM
         known = own_parameters(model) if isinstance(model, PeftModel) else {}
         given = {name: parameter.detach().clone() for name, parameter in known.items()}
         super().__init__(model, args=args, train_dataset=train_dataset, **kwargs)

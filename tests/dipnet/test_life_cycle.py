@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from peft import (
-    AutoPeftModel,
     AutoPeftModelForCausalLM,
     EvaConfig,
     PeftModel,
@@ -164,16 +163,6 @@ def test_auto_classes_and_transformers_load_it(model: PeftModel, base: str, tmp_
             assert torch.equal(mine.leaf("default").rms, theirs.leaf("default").rms)
     added.train()
     assert not torch.equal(logits(added), logits(added))
-
-
-@pytest.mark.parametrize("auto", [AutoPeftModel, AutoPeftModelForCausalLM])
-def test_auto_classes_without_a_task_type(base: str, tmp_path: Path, auto: Any) -> None:
-    model = adapt(load_base(base), task_type=None).eval()
-    expected = noisy(model), logits(model)
-    for name in ("adapter", "again"):  # what was loaded can be saved and loaded alike
-        model.save_pretrained(tmp_path / name)
-        model = auto.from_pretrained(tmp_path / name)
-        assert torch.equal(noisy(model), expected[0]) and torch.equal(logits(model), expected[1])
 
 
 def test_injection_without_a_peft_model(base: str) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftConfig, PeftModel
-from transformers import TrainerCallback
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel
+from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig
 
 from dip_hf import DIPNetConfig, DIPSFTConfig, DIPSFTTrainer
@@ -99,6 +99,20 @@ def test_not_finite(adapter: PeftConfig, parameter: str, value: float, term: str
     resumed = make_trainer(tmp_path, adapter, options)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 4 and torch.isfinite(torch.tensor(losses(resumed))).all()
+
+
+@pytest.mark.parametrize("kind", [LoraConfig, DIPNetConfig])
+def test_an_adapter_without_a_task_type_loads_by_itself(kind: type[PeftConfig], tmp_path: Path) -> None:
+    base_model().save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    given = kind(r=2, target_modules=["q_proj"])
+    trainer = make_trainer(tmp_path / "run", given, {"max_steps": 1}, model)
+    trainer.train()
+    trainer.save_model()
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run").eval()
+    tokens = torch.tensor([[5, 6, 7]])
+    assert torch.equal(loaded(tokens).logits, trainer.model.eval()(tokens).logits)
+    assert given.task_type is None
 
 
 def test_a_step_cut_off_is_taken_up_anew(tmp_path: Path) -> None:
