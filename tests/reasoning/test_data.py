@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from datetime import date
 
 import pytest
 
@@ -46,6 +47,7 @@ def test_every_family_makes_short_prompts_with_scorable_answers(name: str, level
         assert score_answer(name, row["completion"], row) == 1.0
         assert score_answer(name, "", row) < 1.0
         assert score_answer(name, "nonsense", row) < 1.0
+        assert str(date.today()) not in row["metadata"]  # or tomorrow's items would be others, to whoever pairs them
 
 
 @pytest.mark.parametrize("name", [family.name for family in FINETUNING])
