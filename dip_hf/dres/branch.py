@@ -118,9 +118,9 @@ class DReSBranch:
         oversampling: N/K; N is rounded up.
         share: share of the groups coded in a pass, rounded up to a whole group: a random sample, whose error is an
             unbiased estimate of the mean over all groups.
-        gradient: "all": through both branches, with the variance of f(x), which the error is divided by, held
-            constant. "coded": f(x) is a constant too, so that the coded branch alone has a gradient. "scale_free":
-            through the variance too, so that shrinking f does not make the error smaller.
+        gradient: "scale_free": through both branches, and the variance of f(x) that the error is divided by, so that
+            shrinking f does not make the error smaller. "all": with the variance held constant. "coded": f(x) is a
+            constant too, so that the coded branch alone has a gradient.
         block_names: names of all decoder blocks, in order, where they cannot be found.
 
     Attributes:
@@ -141,7 +141,7 @@ class DReSBranch:
         group_size: int = 8,
         oversampling: float = 1.25,
         share: float = 1.0,
-        gradient: str = "all",
+        gradient: str = "scale_free",
         block_names: Sequence[str] | None = None,
     ) -> None:
         self.placement = placement

@@ -44,8 +44,8 @@ class DReSRecord:
         return torch.stack([error.to(device) for error in errors]).mean()
 
 
-GRADIENTS = ("all", "coded", "scale_free")
-"""What of the error has a gradient: f(x) and what decodes to it; the latter alone; or both and the variance."""
+GRADIENTS = ("scale_free", "all", "coded")
+"""What of the error has a gradient: f(x), what decodes to it, and the variance; all but that; the second alone."""
 
 
 def _again(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -182,7 +182,7 @@ def _squared_norm(vectors: Tensor) -> Tensor:
 
 
 def reconstruction_error(
-    outputs: Tensor, reconstruction: Tensor, mask: Tensor | None = None, detach_variance: bool = True
+    outputs: Tensor, reconstruction: Tensor, mask: Tensor | None = None, detach_variance: bool = False
 ) -> Tensor:
     """Mean over places of (1/K) Σ_k ‖f(x_k) - f̂(x_k)‖² / s², s² the variance of f(x_k) over the group.
 

@@ -43,8 +43,8 @@ class DIPSFTConfig(SFTConfig):
         dres_group_size: K, samples in a group.
         dres_oversampling: N/K, coded samples per sample.
         dres_share: share of the groups coded per step, a random sample of them; 1 is all.
-        dres_gradient: "all" of the error's terms but the variance that it is divided by; "coded": f(x) is a constant
-            too; "scale_free": the variance's too, so that shrinking f does not make the error smaller.
+        dres_gradient: "scale_free", so that shrinking f does not make the error smaller; "all" holds the variance that
+            the error is divided by constant; "coded" f(x) too.
         icp_weight: w, weight of ICP's feature loss (arXiv 2505.14751); 0 is off.
         icp_steps: T, perturbation steps.
         icp_epsilon: ε, length of a step relative to the RMS of what it perturbs.
@@ -106,7 +106,7 @@ class DIPSFTConfig(SFTConfig):
         default=0.5, metadata={"help": "Share of the groups coded per step, a random sample of them."}
     )
     dres_gradient: str = field(
-        default="all", metadata={"help": "Of the error: all but the variance's, coded branch alone, or scale_free."}
+        default="scale_free", metadata={"help": "Of the error: scale_free, all but the variance's, or coded alone."}
     )
     icp_weight: float = field(default=0.0, metadata={"help": "w, weight of ICP's feature loss; 0 is off."})
     icp_steps: int = field(default=1, metadata={"help": "T, perturbation steps."})

@@ -115,7 +115,7 @@ def relative_error(outputs: Tensor, coded: Tensor) -> Tensor:
     """Per place, from f(x), shape (K, ..., d), and f(coded), shape (N, ..., d)."""
     decoder = coding_matrices(len(outputs), len(coded))[1]
     distance = (outputs - torch.einsum("kn,n...->k...", decoder, coded)).square().sum(-1).mean(0)
-    return distance / outputs.detach().var(0).sum(-1)
+    return distance / outputs.var(0).sum(-1)
 
 
 def token_error(

@@ -35,7 +35,7 @@ REENTRANT = checkpoints(use_reentrant=True)
         ({"dres_share": 0.0}, "dres_share=0.0 must be above 0 and at most 1.*1 codes all"),
         ({"dres_blocks": "200%"}, "dres_blocks='200%' must be from '1%' to '100%'"),
         ({"dres_share": 1.5}, "dres_share=1.5 must be above 0 and at most 1"),
-        ({"dres_gradient": "none"}, "dres_gradient='none' must be one of all, coded, scale_free"),
+        ({"dres_gradient": "none"}, "dres_gradient='none' must be one of scale_free, all, coded"),
         ({"icp_weight": -1.0}, "icp_weight=-1.0 must not be negative; 0 turns ICP off"),
         ({"icp_steps": 0}, "icp_steps=0 must be .*at least 1; to turn ICP off set icp_weight to 0"),
         ({"icp_epsilon": 0.0}, "icp_epsilon=0.0 must be positive, for instance 0.03; to turn ICP off"),

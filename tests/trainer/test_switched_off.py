@@ -22,7 +22,7 @@ OTHER_FIELDS = {
     "dres_group_size": 3,
     "dres_oversampling": 1.5,
     "dres_share": 0.25,
-    "dres_gradient": "scale_free",
+    "dres_gradient": "coded",
     "icp_steps": 3,
     "icp_epsilon": 0.2,
     "icp_update": "adam",
