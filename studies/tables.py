@@ -206,8 +206,8 @@ def _reconstruction(comparison: Comparison) -> str:
     header = ("arm", *(f"N = {name.split()[1]}" for name in names))
     text = (
         "**Reconstruction**: DReS's relative error in %, of groups of 8 tokens from N coded ones through the MLPs of "
-        "the last quarter of the blocks, on the items of smoothness. No linear map has less than the first row's: a "
-        "model below it has MLPs that are as good as constant"
+        "the last quarter of the blocks, on the items of smoothness. The first row's is a linear map's, in the mean "
+        "over groups; far below it MLPs are as good as constant"
     )
     floors = [name.replace(" error", " floor") for name in names]
     first = next(own for own in comparison.probes.values() if floors[0] in own)

@@ -126,7 +126,7 @@ class DReSBranch:
     Attributes:
         modules: the coded submodules by name, in order of depth.
         coded_size: N.
-        floor: the error of a linear f; one whose error is well below it is as good as constant.
+        floor: the error of a linear f, in the mean over groups; f with one far below it is as good as constant.
 
     Raises:
         ValueError: a value that cannot work; names field, value and remedy.

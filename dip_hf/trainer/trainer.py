@@ -257,9 +257,9 @@ class DIPSFTTrainer(PublishingTrainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As `SFTTrainer`'s; warns where DReS has switched off what it was to smooth."""
         errors = self._metrics["train"].get("dres/error")
-        if self.dres is not None and errors and 0 < fmean(errors) < self.dres.floor / 2:
+        if self.dres is not None and errors and 0 < fmean(errors) < self.dres.floor / 10:
             warnings.warn(
-                f"dres/error is less than half of {self.dres.floor:.4f}, the error of a linear map: the blocks that "
+                f"dres/error is less than a tenth of {self.dres.floor:.4f}, the error of a linear map: the blocks that "
                 "DReS codes have become as good as constant, which is not smoothing; lower dres_weight, or set "
                 "dres_gradient='scale_free'.",
                 stacklevel=2,
