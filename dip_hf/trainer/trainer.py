@@ -259,8 +259,8 @@ class DIPSFTTrainer(PublishingTrainer):
         errors = self._metrics["train"].get("dres/error")
         if self.dres is not None and errors and 0 < fmean(errors) < self.dres.floor / 10:
             warnings.warn(
-                f"dres/error is less than a tenth of {self.dres.floor:.4f}, the error of a linear map: the blocks that "
-                "DReS codes have become as good as constant, which is not smoothing; lower dres_weight, or set "
+                f"dres/error is less than a tenth of {self.dres.floor:.4f}, the error of a linear map: what "
+                "DReS codes has become as good as constant, which is not smoothing; lower dres_weight, or set "
                 "dres_gradient='scale_free'.",
                 stacklevel=2,
             )
