@@ -81,8 +81,10 @@ class DIPNetModel(SavedLoraModel):
             self._keep_outside(model, name, site)
         # After PEFT's own injection, which takes a model that already holds tuner layers for a second adapter's.
         self.noise_state = self._shared_state(model)
+        # EVA fills LoRA's weights alone that were made without memory, and no file the log-variances
+        without_memory = low_cpu_mem_usage and config.init_lora_weights != "eva"
         for layer in chosen:
-            self._add_site(model, adapter_name, config, layer)
+            self._add_site(model, adapter_name, config, layer, without_memory)
         if variational:
             add_posteriors(model, adapter_name, config, variational, self.noise_state, low_cpu_mem_usage)
 
@@ -123,7 +125,9 @@ class DIPNetModel(SavedLoraModel):
             site.detach(next(m for m in block.modules() if m._modules.get(SITE_NAME) is site), SITE_NAME)
             site.attach(block, SITE_NAME)
 
-    def _add_site(self, model: nn.Module, adapter_name: str, config: DIPNetConfig, layer: int) -> None:
+    def _add_site(
+        self, model: nn.Module, adapter_name: str, config: DIPNetConfig, layer: int, without_memory: bool
+    ) -> None:
         assert config.block_names is not None  # resolved above
         name = config.block_names[layer]
         block = model.get_submodule(name)
@@ -138,11 +142,13 @@ class DIPNetModel(SavedLoraModel):
         )
         leaf = site.leaf(adapter_name)
         parameter = next(block.parameters(), None)
+        if without_memory:
+            leaf.weight = nn.Parameter(leaf.weight.to("meta"))  # assigned on loading, like LoRA's
         if parameter is not None and not parameter.is_meta:
             leaf.rms = leaf.rms.to(parameter.device)
-            # Where memory shall be saved, PEFT has put the new parameter on the meta device, and would put another one
-            # there. These few numbers are real from the start, since without a file to load nothing would fill them.
-            leaf._parameters["weight"] = nn.Parameter(leaf.initial().to(parameter.device))
+            if not without_memory:
+                # Past `register_parameter`, by which PEFT puts new ones on the meta device where memory is saved
+                leaf._parameters["weight"] = nn.Parameter(leaf.initial().to(parameter.device))
         site._active_adapter = self.active_adapters
         trainable = adapter_name in self.active_adapters and config.learn_noise and not config.inference_mode
         leaf.weight.requires_grad_(trainable)

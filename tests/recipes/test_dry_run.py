@@ -216,7 +216,7 @@ def test_a_config_file_that_cannot_be_read_takes_one_line(content: str | None, m
 
 def test_every_regulariser_at_once(no_network: None) -> None:
     text = describe("--config", str(ROOT / "recipes" / "configs" / "quickstart_all.yaml"))
-    assert "DReS        weight 1.0, token placement through model.layers.3.mlp, K = 8, N = 10" in text
+    assert "DReS        weight 10.0, token placement through model.layers.3.mlp, K = 8, N = 10" in text
     assert "0.5 of the groups" in text
     assert "ICP         weight 0.5, 1 step(s) of 0.03 from block 0" in text and "comparing blocks [0, 1, 2, 3]" in text
 
