@@ -186,8 +186,8 @@ def reconstruction_error(
 ) -> Tensor:
     """Mean over places of (1/K) Σ_k ‖f(x_k) - f̂(x_k)‖² / s², s² the variance of f(x_k) over the group.
 
-    s² is the unbiased sample variance, summed over dimensions. With it the error of an affine f,
-    averaged over the permutations of a group, is ‖I - DE‖²_F/K exactly (see `affine_error`), whatever the samples.
+    s² is the unbiased sample variance, summed over dimensions. With it the error of an affine f, averaged over the
+    permutations of a group, is ‖I - DE‖²_F/K exactly (see `affine_error`), whatever the samples.
     Each place has an s² of its own, so that the few tokens of a real model with huge activations do not outweigh the
     rest; s² is at least `VARIANCE_FLOOR` times the mean square, so that a place where all samples agree (a common
     prompt prefix) counts as nothing rather than as rounding noise. All of this is this project's choice.

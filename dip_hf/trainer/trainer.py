@@ -83,7 +83,7 @@ class DIPSFTTrainer(PublishingTrainer):
             check_dataset(f"eval_dataset {name}".strip(), dataset, *only)
         adapter = kwargs.get("peft_config")
         if isinstance(adapter, DIPNetConfig) and adapter.task_type is None:
-            # AutoPeft would need a class's name from the adapter's file instead, which no file of ours is asked for
+            # By which AutoPeft finds the base's class: no class's name is taken from an adapter's file
             kwargs["peft_config"] = adapter = copy.copy(adapter)
             adapter.task_type = TaskType.CAUSAL_LM
         known = own_parameters(model) if isinstance(model, PeftModel) else {}
