@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-# make quickstart CONFIG=recipes/configs/quickstart_all.yaml: each method alone, and all together
+# make quickstart CONFIG=recipes/configs/quickstart_all.yaml: DIPNet, DReS and ICP, each alone and together
 CONFIG ?= recipes/configs/quickstart.yaml
 EVAL_CONFIG ?= recipes/configs/quickstart_eval.yaml
 NAME := $(basename $(notdir $(CONFIG)))
@@ -38,7 +38,7 @@ help:
 	@echo "make conformance  PEFT's own test suite, whole, on this adapter"
 	@echo "make benchmark    step time and memory against TRL's SFTTrainer"
 	@echo "make study        compare the methods with tuned baselines over five seeds: docs/results.md"
-	@echo "make pretrain     remake recipes/base_model from scratch"
+	@echo "make pretrain     pretrain a base such as recipes/base_model: outputs/pretrain"
 	@echo "make style        format the code;  make quality: check it"
 
 install: $(INSTALLED)
@@ -77,7 +77,8 @@ benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks/overhead.py --preset cpu --json runs/overhead.json
 	$(BIN)/python benchmarks/prediction.py --preset cpu --json runs/prediction.json
 
-# About seven hours on two cores, the cheapest arms in the first two; the same command goes on after an interruption.
+# About nine hours on two cores from nothing, of which docs/results spares a fresh clone what is finished; goes on after
+# an interruption. For some arms alone: studies/README.md.
 STUDY ?= studies/two_cores.yaml
 study: $(INSTALLED)
 	$(BIN)/python -m studies.run $(STUDY) --workers 2

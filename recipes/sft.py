@@ -1,6 +1,6 @@
 """Fine-tune a language model with DIPNet, with plain LoRA, or whole.
 
-    accelerate launch recipes/sft.py --config recipes/configs/quickstart.yaml
+    accelerate launch --num_cpu_threads_per_process 2 recipes/sft.py --config recipes/configs/quickstart.yaml
 
 Any field can be set behind the file, and overrides what it says: `--adapter lora --output_dir runs/lora`.
 `--dry_run` prints what would run and stops; `--help` lists every field.

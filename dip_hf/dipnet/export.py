@@ -32,8 +32,8 @@ def export_lora(adapter: str | Path | PeftModel, output: str | Path, adapter_nam
         `output` as a path.
 
     Raises:
-        ValueError: the adapter is damaged, no DIPNet one, or has no LoRA weights; `output` is in use. Nothing is
-            written then.
+        ValueError: the adapter is damaged, lacks the modules that it is to have saved, is no DIPNet one, or has no
+            LoRA weights; `output` is in use. Nothing is written then.
     """
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -56,6 +56,13 @@ def _export_folder(source: Path, output: Path) -> Path:
     }
     if not weights:
         raise ValueError(f"adapter={source} has noise only: its noise-free pass is the base model, nothing to export.")
+    # Which modules the names fit, only the base could tell: all of them are missing, or none is taken to be
+    saved = config.modules_to_save
+    if saved and not any(f"{module}." in name for module in saved for name in weights):
+        raise ValueError(
+            f"modules_to_save={list(saved)}: {source / WEIGHTS_NAME} holds nothing of them; save or download the "
+            "adapter again, or take them out of adapter_config.json."
+        )
     output.parent.mkdir(parents=True, exist_ok=True)
     # Written beside the target and moved there whole: a reader never sees half an adapter.
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:

@@ -73,13 +73,18 @@ class Covariance(nn.Module):
     ) -> None:
         super().__init__()
         self.shape, self.rank, self.scale, self.in_eval, self.seed = shape, rank, scale, in_eval, seed
-        self.number, self.block, self.state = posterior_number(name), block, state
+        self.name, self.number, self.block, self.state = name, posterior_number(name), block, state
         empty = torch.empty(rank, *shape, dtype=torch.float32, device="meta")
         self.weight = nn.Parameter(empty if device.type == "meta" else self.initial().to(device))
 
     def initial(self) -> Tensor:
         """The initial S, shape (R, r, n), fp32, on the CPU; always the same."""
         return initial_covariance(self.rank, self.shape, self.scale, self.seed, self.number)
+
+    def resized(self, mean: Tensor) -> Covariance:
+        """A new one with these settings, of the shape of A and on its device."""
+        settings = (self.rank, self.scale, self.in_eval, self.seed, self.name, self.block, self.state)
+        return Covariance((mean.shape[0], mean.shape[1]), *settings, mean.device)
 
     @property
     def sampled(self) -> bool:
@@ -128,11 +133,16 @@ class VariationalLora(LoraVariant):
 
     @staticmethod
     def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
-        """Add the posterior to a layer that holds the adapter's LoRA weights; keyword arguments as `Covariance`'s."""
+        """Add the posterior to a layer that holds the adapter's LoRA weights; keyword arguments as `Covariance`'s.
+
+        PEFT calls it with arguments of its own for a layer that has the adapter's posterior, where it has made A anew
+        at another rank (EVA).
+        """
         if COVARIANCE not in module._modules:
             module.adapter_layer_names = (*module.adapter_layer_names, COVARIANCE)
             module.add_module(COVARIANCE, nn.ModuleDict())
-        leaf = Covariance(tuple(module.lora_A[adapter_name].weight.shape), **kwargs)
+        mean, earlier = module.lora_A[adapter_name].weight, covariances(module).get(adapter_name)
+        leaf = Covariance(tuple(mean.shape), **kwargs) if earlier is None else earlier.resized(mean)
         leaf.train(module.get_base_layer().training)  # a LoRA layer is born in training mode, whatever it wraps
         module._modules[COVARIANCE][adapter_name] = leaf
         module.lora_variant[adapter_name] = VariationalLora()

@@ -9,6 +9,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from dip_hf.trainer.terms import NEW_RUN
+
 
 class FiniteGradients(TrainerCallback):
     """Stops a run before a step that would make its parameters NaN, and its next checkpoint worthless.
@@ -37,6 +39,6 @@ class FiniteGradients(TrainerCallback):
         if not torch.isfinite(norm):
             raise FloatingPointError(
                 f"Step {state.global_step}: the norm of the gradient is {norm.item()}, though every term of the loss "
-                "is finite. Training stopped before the optimiser step; the last checkpoint is intact. Start a new "
-                "run from its weights with a lower learning rate: resuming restores the old one."
+                "is finite. Training stopped before the optimiser step; the last checkpoint is intact. Start "
+                f"{NEW_RUN}"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -100,6 +101,33 @@ def compose_optimizer(optimizer: Optimizer, model: nn.Module, args: DIPSFTConfig
     if not posterior:
         return optimizer
     return HybridOptimizer([optimizer, torch.optim.SGD(posterior, lr=args.learning_rate, momentum=MOMENTUM)])
+
+
+def check_own_optimizer(model: nn.Module, args: DIPSFTConfig, optimizer: Any, class_and_arguments: Any) -> None:
+    """What a trainer is given in place of the optimiser that Trainer would make.
+
+    Args:
+        model: with its adapter.
+        args: the training arguments.
+        optimizer: of the trainer's `optimizers`, or None.
+        class_and_arguments: its `optimizer_cls_and_kwargs`, or None.
+
+    Raises:
+        ValueError: there is a posterior, whose covariance needs groups and SGD of its own.
+    """
+    named = {"optimizers": optimizer, "optimizer_cls_and_kwargs": class_and_arguments}
+    given = [name for name, value in named.items() if value is not None]
+    if given and trainable(model, COVARIANCE):
+        raise ValueError(
+            f"{given[0]} with variational_rank > 0: variational_optimizer={args.variational_optimizer!r} brings its "
+            f"own optimiser, whose steps make the posterior what it is; leave {given[0]} unset."
+        )
+    if optimizer is not None and trainable(model, LOG_VARIANCE):
+        warnings.warn(
+            f"noise_learning_rate={args.noise_learning_rate} has no effect: the log-variances are trained by the "
+            "optimiser in `optimizers`, as it says; give them a group without weight decay there.",
+            stacklevel=3,
+        )
 
 
 def optimizer_groups(model: nn.Module, args: DIPSFTConfig) -> list[dict[str, Any]]:

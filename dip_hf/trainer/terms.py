@@ -8,6 +8,13 @@ import torch
 from torch import Tensor
 
 
+NEW_RUN = (
+    "a new run with a lower learning rate, from the beginning or from the checkpoint's weights (an adapter's: "
+    "PeftModel.from_pretrained(base, CHECKPOINT, is_trainable=True)); resuming restores the old rate."
+)
+"""What to do where the loss has lost its way."""
+
+
 @dataclass(frozen=True)
 class Term:
     """One additive term of a micro-batch's loss, on one rank.
@@ -35,10 +42,10 @@ class Term:
             FloatingPointError: the value is NaN or infinite; names the step and the term.
         """
         if not torch.isfinite(self.value):
+            remedy = "Start" if self.name == "task" else "Lower the term's weight and resume from it, or start"
             raise FloatingPointError(
                 f"Step {step}: the term {self.name!r} is {self.value.item()}. Training stopped before the optimiser "
-                "step; the last checkpoint is intact. Lower the term's weight and resume from it, or start a new run "
-                "from its weights with a lower learning rate: resuming restores the old rate."
+                f"step; the last checkpoint is intact. {remedy} {NEW_RUN}"
             )
 
 

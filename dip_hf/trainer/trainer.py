@@ -37,7 +37,7 @@ from dip_hf.trainer.checks import (
 from dip_hf.trainer.config import DIPSFTConfig
 from dip_hf.trainer.gradients import FiniteGradients
 from dip_hf.trainer.objective import DIPNetObjective, DIPNetPass, fold_labels, own_parameters
-from dip_hf.trainer.optimizer import compose_optimizer
+from dip_hf.trainer.optimizer import check_own_optimizer, compose_optimizer
 from dip_hf.trainer.publishing import PublishingTrainer
 from dip_hf.trainer.terms import Term, batch_mean, token_mean
 
@@ -101,6 +101,8 @@ class DIPSFTTrainer(PublishingTrainer):
             check_trainable(self.model)
             check_noise_setup(self, args)
             check_posterior(self.model, args)
+            optimizers = kwargs.get("optimizers") or (None, None)
+            check_own_optimizer(self.model, args, optimizers[0], kwargs.get("optimizer_cls_and_kwargs"))
             self.dipnet = DIPNetObjective(self.model, args)
             block_names = self.dipnet.tuner.block_names()
             self.dipnet.restore_precision(given)
@@ -258,10 +260,10 @@ class DIPSFTTrainer(PublishingTrainer):
         """As `SFTTrainer`'s; warns where DReS has switched off what it was to smooth."""
         errors = self._metrics["train"].get("dres/error")
         if self.dres is not None and errors and 0 < fmean(errors) < self.dres.floor / 10:
+            other = "" if self.args.dres_gradient == "scale_free" else ", or set dres_gradient='scale_free'"
             warnings.warn(
                 f"dres/error is less than a tenth of {self.dres.floor:.4f}, the error of a linear map: what "
-                "DReS codes has become as good as constant, which is not smoothing; lower dres_weight, or set "
-                "dres_gradient='scale_free'.",
+                f"DReS codes has become as good as constant, which is not smoothing; lower dres_weight{other}.",
                 stacklevel=2,
             )
         super().log(logs, *args, **kwargs)

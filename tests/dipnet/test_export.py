@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -127,6 +128,15 @@ def test_what_is_refused(tmp_path: Path) -> None:
 
     adapt(build(), target_modules=[]).save_pretrained(tmp_path / "noise")
     refused(tmp_path, tmp_path / "noise", "noise only.*nothing to export")
+
+    adapt(build(), modules_to_save=["lm_head"]).save_pretrained(tmp_path / "headless")
+    weights = tmp_path / "headless" / "adapter_model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(weights).items() if "lm_head" not in name}, weights)
+    refused(
+        tmp_path,
+        tmp_path / "headless",
+        r"modules_to_save=\['lm_head'\]: .*adapter_model.safetensors holds nothing of them; save or",
+    )
 
     plain = get_peft_model(build(), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
     plain.save_pretrained(tmp_path / "plain")

@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model_state_dict, inject_adapter_in_model
+from peft import (
+    AutoPeftModelForCausalLM,
+    EvaConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    initialize_lora_eva_weights,
+    inject_adapter_in_model,
+)
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -66,6 +74,26 @@ def test_save_and_load(model: PeftModel, base: str, tmp_path: Path, low_cpu_mem_
     read = loaded.peft_config["default"]
     assert (read.variational_rank, read.variational_blocks, read.dip_format) == (3, 2, 2)
     assert read.dip_hf_version == DIPNetConfig().dip_hf_version
+
+
+@pytest.mark.parametrize("without_memory", [False, True])
+def test_a_posterior_follows_the_ranks_that_eva_chooses(base: str, tmp_path: Path, without_memory: bool) -> None:
+    eva = config(**POSTERIOR, init_lora_weights="eva", eva_config=EvaConfig(rho=2.0))
+    model = get_peft_model(load_base(base), eva, low_cpu_mem_usage=without_memory)
+    initialize_lora_eva_weights(model, [batch(8, 16)] * 3, show_progress_bar=False)
+    ranks = {module.r["default"] for module, _ in posteriors(model).values()}
+    assert len(ranks) > 1
+    for module, leaf in posteriors(model).values():
+        assert leaf.shape == module.lora_A["default"].weight.shape and leaf.weight.requires_grad
+        assert torch.equal(leaf.weight, leaf.initial())
+    model.train()(**batch()).logits.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+    for module, _ in posteriors(model).values():
+        torch.nn.init.normal_(module.lora_B["default"].weight)
+    expected = noisy(model.eval())
+    assert not torch.equal(expected, logits(model))
+    model.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(noisy(PeftModel.from_pretrained(load_base(base), tmp_path / "adapter")), expected)
 
 
 def test_auto_classes_and_transformers_load_it(model: PeftModel, base: str, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from trl import SFTTrainer
 
@@ -121,6 +121,24 @@ def test_the_noise_is_trained_by_adamw_under_faithful_too(tmp_path: Path) -> Non
         if name in before:  # a first step of Adam is the learning rate
             step = (parameter - before[name]).abs()
             torch.testing.assert_close(step, torch.full_like(step, 1e-3), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("where", ["optimizers", "optimizer_cls_and_kwargs"])
+def test_another_optimiser_is_refused(where: str, tmp_path: Path) -> None:
+    model = get_peft_model(base_model(), DIPNetConfig(**LORA, **POSTERIOR))
+    adamw = torch.optim.AdamW(parameter for parameter in model.parameters() if parameter.requires_grad)
+    given = {"optimizers": (adamw, None), "optimizer_cls_and_kwargs": (torch.optim.AdamW, {"lr": 0.1})}[where]
+    with pytest.raises(ValueError, match=f"^{where} with variational_rank > 0: .*='hybrid' brings .*{where} unset"):
+        make_trainer(tmp_path, None, {}, model, **{where: given})
+
+
+def test_another_optimiser_trains_the_noise_at_its_own_rate(tmp_path: Path) -> None:
+    model = get_peft_model(base_model(), DIPNetConfig(**LORA))
+    sgd = torch.optim.SGD((parameter for parameter in model.parameters() if parameter.requires_grad), lr=0.1)
+    with pytest.warns(UserWarning, match=r"noise_learning_rate=0\.001 has no effect: .*`optimizers`"):
+        trainer = make_trainer(tmp_path, None, {}, model, optimizers=(sgd, None))
+    trainer.train()
+    assert trainer.optimizer.optimizer is sgd and len(sgd.param_groups) == 1
 
 
 def test_each_step_trains_on_a_sample_of_its_own(tmp_path: Path) -> None:

@@ -141,9 +141,10 @@ def test_parallelism_is_asked_for_with_any_regulariser(
     assert asked == [trainer]
 
 
-@pytest.mark.parametrize("dead", [False, True])
-def test_a_part_that_has_become_constant_is_said_to_be(dead: bool, tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, LoraConfig(**ADAPTER), {**DRES, "max_steps": 1})
+@pytest.mark.parametrize(("dead", "gradient"), [(False, "scale_free"), (True, "scale_free"), (True, "all")])
+def test_a_part_that_has_become_constant_is_said_to_be(dead: bool, gradient: str, tmp_path: Path) -> None:
+    options = {**DRES, "max_steps": 1, "dres_gradient": gradient}
+    trainer = make_trainer(tmp_path, LoraConfig(**ADAPTER), options)
     if dead:
         for mlp in trainer.dres.modules.values():
             mlp.down_proj.register_forward_hook(lambda module, args, output: 1 + 1e-6 * output)
@@ -153,3 +154,4 @@ def test_a_part_that_has_become_constant_is_said_to_be(dead: bool, tmp_path: Pat
     said = [str(one.message) for one in caught if "dres/error" in str(one.message)]
     assert len(said) == dead
     assert not dead or ("the error of a linear map" in said[0] and "lower dres_weight" in said[0])
+    assert not dead or ("dres_gradient='scale_free'" in said[0]) == (gradient == "all")

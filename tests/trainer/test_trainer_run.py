@@ -92,10 +92,14 @@ def test_not_finite(adapter: PeftConfig, parameter: str, value: float, term: str
     """The run stops with step and term named, before the optimiser step, and goes on from the last checkpoint."""
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1}
     trainer = make_trainer(tmp_path, adapter, options, callbacks=[Damage(parameter, value)])
-    with pytest.raises(FloatingPointError, match=f"Step 2: the term '{term}' is"):
+    with pytest.raises(FloatingPointError, match=f"Step 2: the term '{term}' is") as caught:
         trainer.train()
+    assert ("Lower the term's weight" in str(caught.value)) == (term != "task")
     assert len(trainer.kept.steps) == 2
     assert PeftModel.from_pretrained(base_model(), str(tmp_path / "checkpoint-2"))
+    if term == "task":  # the other remedy: a new run from its weights
+        model = PeftModel.from_pretrained(base_model(), str(tmp_path / "checkpoint-2"), is_trainable=True)
+        make_trainer(tmp_path / "anew", None, {"max_steps": 1}, model).train()
     resumed = make_trainer(tmp_path, adapter, options)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 4 and torch.isfinite(torch.tensor(losses(resumed))).all()
