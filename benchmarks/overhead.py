@@ -81,7 +81,7 @@ def _token_floor(share: float, shape: Shape) -> float:
     return 1 + 1.25 * share * shape.last_quarter / shape.depth * shape.mlp_share
 
 
-_DRES = {"dres_weight": 0.1, "dres_group_size": 4}
+_DRES = {"dres_weight": 0.1}
 _ALL = _DRES | {"dres_share": 1.0}
 _ICP = {"icp_weight": 0.1, "icp_warmup": 0.0}
 ARMS = (
@@ -90,7 +90,11 @@ ARMS = (
     _trajectories(1, 0),
     _trajectories(2, 0.5),
     _trajectories(4, 0.5),
-    Arm("DReS sequence, all groups", _sequence_floor, options=_ALL | {"dres_placement": "sequence"}),
+    Arm(
+        "DReS sequence, all groups",
+        _sequence_floor,
+        options=_ALL | {"dres_placement": "sequence", "dres_group_size": 4},
+    ),
     Arm("DReS token, all groups", partial(_token_floor, 1.0), options=_ALL),
     Arm("DReS token, half of the groups", partial(_token_floor, 0.5), options=_DRES | {"dres_share": 0.5}),
     Arm("ICP T=1", lambda shape: 2, options=_ICP, heads=2),

@@ -9,7 +9,7 @@ import re
 from dataclasses import fields
 from enum import Enum
 
-from peft import LoraConfig, mapping
+from peft import LoraConfig, PeftType, mapping
 from peft.config import PeftConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import LoraVariant
@@ -17,6 +17,8 @@ from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import get_pattern_key
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from torch import nn
 
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "LoraVariant",
     "check_adapters_to_merge",
     "clean_name",
+    "convert_targets",
     "get_pattern_key",
     "register",
     "requested_variants",
@@ -64,6 +67,23 @@ def requested_variants(config: LoraConfig) -> list[str]:
     ]
     inits = LoraConfig.__dataclass_fields__["init_lora_weights"].metadata["lora_variants"]
     return names + (["init_lora_weights"] if config.init_lora_weights in inits else [])
+
+
+def convert_targets(config: LoraConfig, model: nn.Module) -> None:
+    """Name, in place, as a model of transformers 5 has them the experts that were linear layers before: as parameters.
+
+    PEFT does it for configurations of its own LoRA's type alone.
+
+    Raises:
+        ValueError: `target_modules` has a part only of what is one parameter now.
+    """
+    if config.target_modules is None:  # PEFT's own choice, of attention's layers, which it would lose
+        return
+    own, config.peft_type = config.peft_type, PeftType.LORA
+    try:
+        convert_peft_config_for_transformers(config, model, conversions=None)
+    finally:
+        config.peft_type = own
 
 
 def clean_name(name: str) -> str:

@@ -57,7 +57,7 @@ def make_trainer(
             trust_remote_code=training.trust_remote_code,
         ),
         quantization_config=get_quantization_config(adapter),
-        peft_config=adapter.peft_config(),
+        peft_config=adapter.peft_config(training.seed),
     )
 
 

@@ -102,6 +102,7 @@ class DIPNetConfig(LoraConfig):
         self.peft_type = DIPPeftType.DIPNET
         self.auto_mapping = None  # PEFT would import the module that it names
         self._weight_shapes: Shapes | None = None  # of the weight file that this configuration came with
+        self._found_blocks: list[str] | None = None  # what `block_names` was filled with on injection
         if self.dip_format not in range(1, ADAPTER_FORMAT + 1):
             raise ValueError(
                 f"dip_format={self.dip_format!r}: this version of dip_hf reads formats 1 to {ADAPTER_FORMAT}; "

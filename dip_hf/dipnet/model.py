@@ -17,7 +17,7 @@ from dip_hf.ibvi.layer import Covariance, active_covariances, make_point
 from dip_hf.ibvi.placement import add_posteriors, check_targets
 from dip_hf.noise import NoiseKey
 from dip_hf.noise_state import NoiseState
-from dip_hf.peft_compat import BaseTunerLayer, LoraLayer
+from dip_hf.peft_compat import BaseTunerLayer, LoraLayer, convert_targets
 
 
 SITE_NAME = "dip_noise"
@@ -67,6 +67,7 @@ class DIPNetModel(SavedLoraModel):
                 module of the variational blocks cannot have a posterior.
         """
         config = self.peft_config[adapter_name]
+        convert_targets(config, model)
         chosen = self._resolve_blocks(model, config)
         variational = self._resolve_posterior(model, config)
         earlier = {name: module for name, module in model.named_modules() if isinstance(module, NoiseSite)}
@@ -97,7 +98,9 @@ class DIPNetModel(SavedLoraModel):
         return chosen
 
     def _resolve_blocks(self, model: nn.Module, config: DIPNetConfig) -> list[int]:
-        names = config.block_names or find_decoder_blocks(model)
+        if config.block_names is None or config.block_names == config._found_blocks:  # those of another model, perhaps
+            config.block_names = config._found_blocks = find_decoder_blocks(model)
+        names = config.block_names
         modules = dict(model.named_modules())
         missing = [name for name in names if name not in modules]
         if missing:
@@ -114,7 +117,6 @@ class DIPNetModel(SavedLoraModel):
                 f"modules_to_save={sorted(saved)}: PEFT would copy the noised blocks {copied}, noise and all; leave "
                 "them out of `noise_blocks`, or adapt them with LoRA instead."
             )
-        config.block_names = list(names)
         return chosen
 
     @staticmethod
@@ -268,7 +270,8 @@ class DIPNetModel(SavedLoraModel):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None and not self.training:
             sampled = any(leaf.sampled for leaf in active_covariances(self.model))
-            if sampled or self.noised_layers():
+            named = {name for name in kwargs["adapter_names"] if name in self.peft_config}
+            if sampled or self.noised_layers() or any(self.peft_config[name].noise_in_eval for name in named):
                 raise ValueError(
                     f"adapter_names={kwargs['adapter_names']}: the rows of one batch cannot have different noise; run "
                     "adapters with noise_in_eval=True, or inside `sampling`, one at a time."

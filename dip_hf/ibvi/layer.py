@@ -105,7 +105,8 @@ class Covariance(nn.Module):
             Shape (m · rows, ..., r).
 
         Raises:
-            ValueError: the layer sees other tokens than its block, so that they cannot be told apart by trajectory.
+            ValueError: the layer sees other tokens than its block, so that they cannot be told apart by trajectory; or
+                A is offloaded.
         """
         number = self.number ^ position
         key, trajectories = self.state.posterior_sample(number, self.seed)
@@ -114,6 +115,11 @@ class Covariance(nn.Module):
                 f"trajectories={trajectories}: a variational layer of block {self.block} sees {x.shape[:-1].numel()} "
                 f"tokens of {self.state.tokens}, as an expert does; leave it out of variational_blocks or "
                 "target_modules, or sample one trajectory."
+            )
+        if mean.is_meta:
+            raise ValueError(
+                f"device_map: the LoRA weights of block {self.block} are offloaded and cannot be sampled; keep the "
+                "adapted layers on a device, or predict by the posterior's mean."
             )
         covariance = self.weight.float() if self.weight.dtype.itemsize < 4 else self.weight
         if torch.compiler.is_compiling():

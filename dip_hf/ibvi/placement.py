@@ -38,8 +38,15 @@ def check_targets(
         is_target: whether a module's name is one of `target_modules`.
 
     Raises:
-        ValueError: a targeted module of these blocks is no linear layer, or there is none.
+        ValueError: a targeted module of these blocks is no linear layer, or there is none; or the targets were experts
+            that are parameters now.
     """
+    if config.target_parameters:
+        raise ValueError(
+            f"target_modules: in {type(model).__name__} it names experts, which are the parameters "
+            f"{sorted(config.target_parameters)} and cannot have a posterior; name others, such as attention's, or "
+            "set variational_rank to 0."
+        )
     if config.target_modules is None or config.target_modules == "all-linear":
         return  # PEFT knows them only later, and they are linear layers
     names = config.block_names or []

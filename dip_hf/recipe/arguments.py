@@ -142,8 +142,12 @@ class AdapterArguments(ModelConfig):
             )
         self.peft_config()  # refuses what it would refuse once data and weights are loaded
 
-    def peft_config(self) -> LoraConfig | None:
-        """Return the adapter's config for the trainer, or None where every weight is trained."""
+    def peft_config(self, seed: int = 0) -> LoraConfig | None:
+        """The adapter's config for the trainer, or None where every weight is trained.
+
+        Args:
+            seed: the training run's, of which a posterior's initial covariance is drawn.
+        """
         if self.adapter == "none":
             return None
         lora: dict[str, Any] = {
@@ -170,6 +174,7 @@ class AdapterArguments(ModelConfig):
             variational_rank=self.variational_rank,
             variational_scale=self.variational_scale,
             variational_blocks=parse_blocks(self.variational_blocks),
+            noise_seed=seed,
         )
 
 

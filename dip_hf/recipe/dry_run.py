@@ -26,7 +26,8 @@ from dip_hf.recipe.arguments import AdapterArguments, DataArguments
 from dip_hf.recipe.data import check_run, is_local, load_datasets
 from dip_hf.recipe.gsm8k import TRAIN_ROWS as GSM8K_TRAIN_ROWS
 from dip_hf.trainer import DIPSFTConfig, optimizer_groups
-from dip_hf.trainer.checks import check_one_loss_pass, check_posterior
+from dip_hf.trainer.checks import check_one_loss_pass
+from dip_hf.trainer.optimizer import check_posterior
 
 
 _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
@@ -86,7 +87,7 @@ def adapt(
     Raises:
         ValueError: the mistakes that only a model shows, such as a block that it has not.
     """
-    peft_config = adapter.peft_config()
+    peft_config = adapter.peft_config(training.seed)
     tuned: nn.Module = model if peft_config is None else get_peft_model(model, peft_config)
     if isinstance(model.get_output_embeddings(), BaseTunerLayer):
         raise ValueError(

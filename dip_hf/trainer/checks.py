@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import is_flash_attention_requested
 from trl import SFTTrainer
 
-from dip_hf.ibvi.layer import COVARIANCE
+from dip_hf.dipnet.layer import NoiseSite
 from dip_hf.trainer.config import DIPSFTConfig
 from dip_hf.trainer.objective import own_parameters
-from dip_hf.trainer.optimizer import trainable
 
 
+# Kinds of blocks that a padding-free batch can be folded in front of
+_ATTENTIONS = {"full_attention", "sliding_attention", "chunked_attention"}
 # What text configs call a change of the logits after the head
 _LOGIT_CHANGES = (
     "final_logit_softcapping",
@@ -27,9 +28,6 @@ _LOGIT_CHANGES = (
     "lm_head_multiplier",
     "output_multiplier",
 )
-
-
-_ADAM_FIELDS = ("adam_beta1", "adam_beta2", "adam_epsilon")
 
 
 def check_dataset(name: str, dataset: object, assistant_only: bool, completion_only: bool | None) -> None:
@@ -144,8 +142,21 @@ def check_noise_setup(trainer: SFTTrainer, args: DIPSFTConfig) -> None:
         raise ValueError(
             "fsdp_version=1 flattens the parameters that DIPNet's objective reads; set fsdp_version to 2."
         )
+    if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
+        quantised = any(type(parameter).__name__ == "Params4bit" for parameter in trainer.model.parameters())
+        if not quantised and any(isinstance(module, NoiseSite) for module in trainer.model.modules()):
+            raise ValueError(
+                "fsdp_cpu_ram_efficient_loading=True takes all of a model's state for sharded parameters, which the "
+                "measured RMS of DIPNet's blocks is not; set it to False."
+            )
     if args.num_trajectories == 1:
         return
+    kinds = set(trainer.model.config.get_text_config().to_dict().get("layer_types") or ()) - _ATTENTIONS
+    if trainer.padding_free and kinds:
+        raise ValueError(
+            f"num_trajectories={args.num_trajectories} with packing or padding_free=True: {sorted(kinds)[0]} blocks "
+            "read the boundaries of one row alone; turn both off, or set num_trajectories to 1."
+        )
     if trainer.aux_loss_enabled:
         raise ValueError(
             f"num_trajectories={args.num_trajectories} does not work with a router loss, which compares the batch "
@@ -196,40 +207,6 @@ def check_no_adapter(model: nn.Module, args: DIPSFTConfig) -> None:
         )
 
 
-def check_posterior(model: nn.Module, args: DIPSFTConfig) -> None:
-    """
-    Raises:
-        ValueError: an optimiser setting that contradicts `variational_optimizer`, weight decay, or DReS, whose coded
-            samples would mix trajectories with weights of their own.
-    """
-    if not trainable(model, COVARIANCE):
-        return
-    if args.weight_decay != 0:
-        raise ValueError(
-            f"weight_decay={args.weight_decay} with variational_rank > 0: the posterior keeps its prior where the "
-            "data say nothing, which decay undoes; set weight_decay to 0."
-        )
-    adamw = ("adamw_torch", "adamw_torch_fused")
-    optim, faithful = str(args.optim.value), args.variational_optimizer == "faithful"
-    if optim not in (*adamw, "sgd" if faithful else ""):
-        raise ValueError(
-            f"optim={optim!r} does not work with variational_optimizer={args.variational_optimizer!r}, which brings "
-            f"its own; leave optim unset ({adamw[1]!r})."
-        )
-    defaults = {name: DIPSFTConfig.__dataclass_fields__[name].default for name in _ADAM_FIELDS}
-    changed = [f"{name}={getattr(args, name)}" for name in _ADAM_FIELDS if getattr(args, name) != defaults[name]]
-    if faithful and changed:
-        raise ValueError(
-            f"{', '.join(changed)}: AdamW's, but variational_optimizer='faithful' trains with SGD; leave them unset, "
-            "or set variational_optimizer to 'hybrid'."
-        )
-    if args.dres_weight > 0 and args.num_trajectories > 1:
-        raise ValueError(
-            f"dres_weight={args.dres_weight} with num_trajectories={args.num_trajectories} and variational_rank > 0: "
-            "trajectories have weights of their own, which coded samples would mix; set num_trajectories to 1."
-        )
-
-
 def check_boundaries(model: PreTrainedModel, inputs: Mapping[str, Any], trajectories: int) -> None:
     """
     Args:
@@ -239,9 +216,15 @@ def check_boundaries(model: PreTrainedModel, inputs: Mapping[str, Any], trajecto
 
     Raises:
         ValueError: the boundaries of a padding-free batch are in `position_ids` alone, from which flash attention
-            reads them in batches of one row, and so not in one that is folded into m. TRL's own collator gives
-            `cu_seq_lens_q` beside them.
+            reads them in batches of one row, and so not in one that is folded into m (TRL's own collator gives
+            `cu_seq_lens_q` beside them); or the model adds features of images between its blocks.
     """
+    images = [name for name in ("pixel_values", "pixel_values_videos") if inputs.get(name) is not None]
+    if images and (model.config.to_dict().get("vision_config") or {}).get("deepstack_visual_indexes"):
+        raise ValueError(
+            f"num_trajectories={trajectories}: {type(model).__name__} adds features of {images[0]} to the rows "
+            "between its blocks, and knows nothing of their copies; train on text alone, or set num_trajectories to 1."
+        )
     positions = inputs.get("position_ids")
     if positions is None or inputs.get("attention_mask") is not None or inputs.get("cu_seq_lens_q") is not None:
         return

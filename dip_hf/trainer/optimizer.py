@@ -17,6 +17,7 @@ from dip_hf.trainer.config import DIPSFTConfig
 from dip_hf.trainer.hybrid import HybridOptimizer
 
 
+_ADAM_FIELDS = ("adam_beta1", "adam_beta2", "adam_epsilon")
 MOMENTUM = 0.9
 """Of SGD on the posterior (arXiv 2505.20235)."""
 
@@ -101,6 +102,40 @@ def compose_optimizer(optimizer: Optimizer, model: nn.Module, args: DIPSFTConfig
     if not posterior:
         return optimizer
     return HybridOptimizer([optimizer, torch.optim.SGD(posterior, lr=args.learning_rate, momentum=MOMENTUM)])
+
+
+def check_posterior(model: nn.Module, args: DIPSFTConfig) -> None:
+    """
+    Raises:
+        ValueError: an optimiser setting that contradicts `variational_optimizer`, weight decay, or DReS, whose coded
+            samples would mix trajectories with weights of their own.
+    """
+    if not trainable(model, COVARIANCE):
+        return
+    if args.weight_decay != 0:
+        raise ValueError(
+            f"weight_decay={args.weight_decay} with variational_rank > 0: the posterior keeps its prior where the "
+            "data say nothing, which decay undoes; set weight_decay to 0."
+        )
+    adamw = ("adamw_torch", "adamw_torch_fused")
+    optim, faithful = str(args.optim.value), args.variational_optimizer == "faithful"
+    if optim not in (*adamw, "sgd" if faithful else ""):
+        raise ValueError(
+            f"optim={optim!r} does not work with variational_optimizer={args.variational_optimizer!r}, which brings "
+            f"its own; leave optim unset ({adamw[1]!r})."
+        )
+    defaults = {name: DIPSFTConfig.__dataclass_fields__[name].default for name in _ADAM_FIELDS}
+    changed = [f"{name}={getattr(args, name)}" for name in _ADAM_FIELDS if getattr(args, name) != defaults[name]]
+    if faithful and changed:
+        raise ValueError(
+            f"{', '.join(changed)}: AdamW's, but variational_optimizer='faithful' trains with SGD; leave them unset, "
+            "or set variational_optimizer to 'hybrid'."
+        )
+    if args.dres_weight > 0 and args.num_trajectories > 1:
+        raise ValueError(
+            f"dres_weight={args.dres_weight} with num_trajectories={args.num_trajectories} and variational_rank > 0: "
+            "trajectories have weights of their own, which coded samples would mix; set num_trajectories to 1."
+        )
 
 
 def check_own_optimizer(model: nn.Module, args: DIPSFTConfig, optimizer: Any, class_and_arguments: Any) -> None:

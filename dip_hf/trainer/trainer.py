@@ -30,14 +30,13 @@ from dip_hf.trainer.checks import (
     check_nothing_dropped,
     check_one_loss_pass,
     check_parallelism,
-    check_posterior,
     check_second_pass,
     check_trainable,
 )
 from dip_hf.trainer.config import DIPSFTConfig
 from dip_hf.trainer.gradients import FiniteGradients
 from dip_hf.trainer.objective import DIPNetObjective, DIPNetPass, fold_labels, own_parameters
-from dip_hf.trainer.optimizer import check_own_optimizer, compose_optimizer
+from dip_hf.trainer.optimizer import check_own_optimizer, check_posterior, compose_optimizer
 from dip_hf.trainer.publishing import PublishingTrainer
 from dip_hf.trainer.terms import Term, batch_mean, token_mean
 
