@@ -12,7 +12,7 @@ from torch import nn
 from dip_hf import DIPNetConfig, DIPSFTConfig
 from dip_hf.ibvi.layer import Covariance
 from tests.dipnet.models import KEY, batch, build
-from tests.ibvi.models import POSTERIOR, variational
+from tests.ibvi.models import POSTERIOR, posteriors, variational
 from tests.trainer.tiny import ADAPTER, make_trainer
 
 
@@ -67,6 +67,23 @@ def test_targets_that_cannot_be(arguments: dict[str, Any], message: str) -> None
     with pytest.raises(ValueError, match=message):
         variational(model, **arguments)
     assert set(model.state_dict()) == names
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "w1", "w2", "w3"]], ids=str)
+def test_experts_that_are_parameters(targets: Any) -> None:
+    model = build("mixtral")
+    names = set(model.state_dict())
+    with pytest.raises(ValueError, match=r"target_modules: in MixtralForCausalLM it names experts, .*'gate_up_proj'"):
+        variational(model, target_modules=targets)
+    assert set(model.state_dict()) == names
+
+
+def test_weights_that_are_offloaded() -> None:
+    model = variational(build())
+    for module, _ in posteriors(model).values():
+        module.lora_A.to("meta")
+    with pytest.raises(ValueError, match=r"device_map: .*block 0 are offloaded"), model.base_model.sampling(KEY):
+        model(**batch())
 
 
 def test_layers_that_are_not_linear() -> None:

@@ -208,6 +208,9 @@ def test_batches_of_several_adapters(model: PeftModel) -> None:
     torch.testing.assert_close(mixed[1][visible[1]], two[1][visible[1]], rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match=r"adapter_names=\[.*one at a time"), model.base_model.sampling(KEY):
         logits(model, adapter_names=names)
+    model.add_adapter("sampled", config(**POSTERIOR, noise_in_eval=True))  # though another is the active one
+    with pytest.raises(ValueError, match=r"adapter_names=\[.*one at a time"):
+        logits(model, adapter_names=["default", "sampled", "__base__"])
 
 
 @pytest.mark.parametrize("combination", ["linear", "cat", "svd"])

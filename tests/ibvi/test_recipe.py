@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from dip_hf.dipnet import DIPNetConfig
 from dip_hf.recipe.arguments import make_parser
 from dip_hf.recipe.dry_run import describe_run
+from recipes.sft import make_trainer
+from tests.ibvi.models import posteriors
 from tests.recipes.support import ARCHITECTURES, ROOT
 
 
+QUICKSTART = ROOT / "recipes" / "configs" / "quickstart.yaml"
 CONFIG = ["--config", str(ROOT / "recipes" / "configs" / "gsm8k_qwen2.5_3b.yaml"), "--dry_run"]
 
 
@@ -28,6 +34,18 @@ def test_flags_become_fields() -> None:
     assert (config.variational_rank, config.variational_scale, config.variational_blocks) == (4, 0.5, 9)
     *_, adapter = parse("--variational_rank", "2", "--variational_blocks", "0,3")
     assert adapter.peft_config().variational_blocks == [0, 3] and adapter.peft_config().projected
+
+
+def test_each_training_seed_has_a_posterior_of_its_own(tmp_path: Path) -> None:
+    def start(seed: int) -> list[Tensor]:
+        options = ("--seed", str(seed), "--variational_rank", "2", "--output_dir", str(tmp_path), "--train_size", "2")
+        data, training, adapter = make_parser().parse_recipe(["--config", str(QUICKSTART), *options])
+        trainer = make_trainer(data, training, adapter)
+        assert trainer.model.peft_config["default"].noise_seed == seed
+        return [leaf.weight for _, leaf in posteriors(trainer.model).values()]
+
+    first, again, other = start(1), start(1), start(2)
+    assert all(map(torch.equal, first, again)) and not any(map(torch.equal, first, other))
 
 
 @pytest.mark.parametrize("adapter", ["lora", "none"])

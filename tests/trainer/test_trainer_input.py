@@ -225,12 +225,37 @@ def test_router_loss(tmp_path: Path) -> None:
 def test_fsdp_activation_checkpointing(tmp_path: Path) -> None:
     """accelerate's own activation checkpointing is refused. The plugin is a stand-in: FSDP needs an accelerator."""
     trainer = make_trainer(tmp_path, DIPNetConfig(**ADAPTER))
-    plugin = SimpleNamespace(activation_checkpointing=True)
+    plugin = SimpleNamespace(activation_checkpointing=True, fsdp_version=2, cpu_ram_efficient_loading=True)
     stand_in = SimpleNamespace(
-        is_fsdp_enabled=True, accelerator=SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
+        is_fsdp_enabled=True,
+        accelerator=SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)),
+        model=trainer.model,
     )
     with pytest.raises(ValueError, match=r"fsdp_activation_checkpointing=True .*activation_checkpointing=True in the"):
         check_noise_setup(stand_in, trainer.args)
+    plugin.activation_checkpointing = False
+    with pytest.raises(ValueError, match=r"fsdp_cpu_ram_efficient_loading=True .*set it to False"):
+        check_noise_setup(stand_in, trainer.args)
+    stand_in.model = base_model()  # no noise, no buffers
+    check_noise_setup(stand_in, trainer.args)
+
+
+def test_blocks_that_read_one_row_s_boundaries(tmp_path: Path) -> None:
+    options = {"num_trajectories": 2, "padding_free": True}
+    trainer = make_trainer(tmp_path, DIPNetConfig(**ADAPTER), options)
+    trainer.model.config.layer_types = ["full_attention", "linear_attention", "full_attention"]
+    with pytest.raises(ValueError, match=r"num_trajectories=2 with packing or padding_free=True: linear_attention bl"):
+        check_noise_setup(trainer, trainer.args)
+    trainer.padding_free = False
+    check_noise_setup(trainer, trainer.args)
+
+
+def test_images_that_enter_between_blocks() -> None:
+    vision = SimpleNamespace(to_dict=lambda: {"vision_config": {"deepstack_visual_indexes": [1, 2]}})
+    model: Any = SimpleNamespace(config=vision)
+    with pytest.raises(ValueError, match=r"num_trajectories=2: .* adds features of pixel_values .* on text alone"):
+        check_boundaries(model, {"pixel_values": torch.zeros(1)}, 2)
+    check_boundaries(model, {"input_ids": torch.zeros(1, 2)}, 2)
 
 
 def test_flex_attention(tmp_path: Path) -> None:

@@ -1,0 +1,75 @@
+"""An adapter trains what LoRA with the same targets trains, experts too; a configuration serves several models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from dip_hf import export_lora
+from tests.dipnet.models import adapt, build, config, load_base, logits, noisy, sites
+
+
+LISTS = {
+    "llama": ["q_proj", "gate_proj", "up_proj"],
+    "mixtral": ["q_proj", "w1", "w2", "w3"],
+    "qwen3_moe": ["q_proj", "gate_proj", "up_proj", "down_proj"],
+}
+
+
+def lora_parameters(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: p.shape for name, p in model.named_parameters() if p.requires_grad and "lora_dip" not in name}
+
+
+@pytest.mark.parametrize("targets", ["all-linear", r".*\.(q_proj|gate_proj|up_proj|w1|w3)$", "list"])
+@pytest.mark.parametrize("family", LISTS)
+def test_the_targets_of_lora(family: str, targets: str) -> None:
+    arguments: dict[str, Any] = {"target_modules": LISTS[family] if targets == "list" else targets, "r": 4}
+    plain = get_peft_model(build(family), LoraConfig(**arguments, task_type="CAUSAL_LM"))
+    found = lora_parameters(adapt(build(family), **arguments, init_lora_weights=True))
+    assert found == lora_parameters(plain)
+    assert any(".experts." in name for name in found) == (family != "llama")
+
+
+def test_targets_that_nobody_named() -> None:
+    """PEFT's choice for the family, as it is before transformers 5 made parameters of experts."""
+    names = {name.split(".")[-4] for name in lora_parameters(adapt(build("mixtral"), target_modules=None))}
+    assert names == {"q_proj", "v_proj"}
+
+
+def test_a_part_of_what_is_one_parameter_is_refused() -> None:
+    with pytest.raises(ValueError, match="w1 without also targeting w3"):
+        adapt(build("mixtral"), target_modules=["q_proj", "w1"])
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_are_saved_loaded_and_exported(family: str, tmp_path: Path) -> None:
+    build(family).save_pretrained(tmp_path / "base")
+    model = adapt(load_base(str(tmp_path / "base"))).eval()
+    expected, drawn = logits(model), noisy(model)
+    model.save_pretrained(tmp_path / "adapter")
+    for low_cpu_mem_usage in (False, True):
+        base = load_base(str(tmp_path / "base"))
+        loaded = PeftModel.from_pretrained(base, tmp_path / "adapter", low_cpu_mem_usage=low_cpu_mem_usage)
+        assert torch.equal(logits(loaded), expected) and torch.equal(noisy(loaded), drawn)
+    export_lora(tmp_path / "adapter", tmp_path / "lora")
+    stock = PeftModel.from_pretrained(load_base(str(tmp_path / "base")), tmp_path / "lora").eval()
+    assert type(stock.peft_config["default"]) is LoraConfig and torch.equal(logits(stock), expected)
+
+
+@pytest.mark.parametrize("first", [4, 6])
+def test_one_configuration_for_models_of_several_depths(first: int) -> None:
+    given = config(noise_blocks="50%")
+    for depth in (first, 10 - first):
+        model = get_peft_model(build(num_hidden_layers=depth), given)
+        assert [site.layer for site in sites(model)] == list(range(depth // 2, depth))
+        assert len(given.block_names) == depth
+
+
+def test_block_names_that_were_given_stay() -> None:
+    names = [f"model.layers.{index}" for index in range(3)]
+    assert [site.layer for site in sites(adapt(build(), block_names=names, noise_blocks=1))] == [2]
