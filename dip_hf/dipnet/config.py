@@ -79,7 +79,9 @@ class DIPNetConfig(LoraConfig):
     )
     learn_noise: bool = field(default=True, metadata={"help": "Train the log-variances."})
     noise_in_eval: bool = field(default=False, metadata={"help": "Noise and a sampled posterior in evaluation too."})
-    noise_seed: int = field(default=0, metadata={"help": "Seed of the noise outside a trainer."})
+    noise_seed: int = field(
+        default=0, metadata={"help": "Seed of a posterior's start, and of the noise outside a trainer."}
+    )
     variational_rank: int = field(default=0, metadata={"help": "R, rank of the covariance of LoRA's A; 0 is off."})
     variational_scale: float = field(
         default=2.0, metadata={"help": "c, initial standard deviation of a weight relative to 1/√n."}
