@@ -15,6 +15,7 @@ from peft.tuners import lora
 from peft.tuners.lora.config import MontecloraConfig
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import transformers_weight_conversion
 from torch import nn
 
 from dip_hf import DIPNetConfig, DIPNetModel
@@ -72,14 +73,19 @@ def test_importing_registers_the_method() -> None:
         (BaseTunerLayer, "_freeze_non_trainable_peft_weights", ["adapter_names"]),
         (BaseTunerLayer, "get_base_layer", []),
         (BaseTuner, "_check_target_module_exists", ["peft_config", "key"]),
+        (
+            transformers_weight_conversion,
+            "convert_peft_config_for_transformers",
+            ["peft_config", "model", "conversions"],
+        ),
         (LoraVariant, "forward", ["module", "active_adapter", "x", "result", "kwargs"]),
         (LoraVariant, "merge_safe", ["module", "active_adapter", "orig_weight"]),
         (LoraVariant, "merge_unsafe", ["module", "active_adapter", "orig_weight"]),
         (LoraVariant, "unmerge", ["module", "active_adapter", "orig_weight"]),
     ],
 )
-def test_overridden_methods_take_the_arguments_that_are_passed_on(
-    owner: type, name: str, parameters: list[str]
+def test_what_is_overridden_or_called_takes_the_arguments_that_are_passed_on(
+    owner: Any, name: str, parameters: list[str]
 ) -> None:
     found = [parameter for parameter in inspect.signature(getattr(owner, name)).parameters if parameter != "self"]
     assert found[: len(parameters)] == parameters

@@ -207,7 +207,7 @@ def check_no_adapter(model: nn.Module, args: DIPSFTConfig) -> None:
         )
 
 
-def check_boundaries(model: PreTrainedModel, inputs: Mapping[str, Any], trajectories: int) -> None:
+def check_batch(model: PreTrainedModel, inputs: Mapping[str, Any], trajectories: int) -> None:
     """
     Args:
         model: the trained one.

@@ -23,7 +23,7 @@ from dip_hf.icp import ICPBranch
 from dip_hf.icp.functional import compared_tokens
 from dip_hf.noise import NoiseKey
 from dip_hf.trainer.checks import (
-    check_boundaries,
+    check_batch,
     check_dataset,
     check_no_adapter,
     check_noise_setup,
@@ -153,7 +153,7 @@ class DIPSFTTrainer(PublishingTrainer):
             icp = None  # nothing to distil in this step
         trajectories = 1 if self.dipnet is None else self.args.num_trajectories
         if trajectories > 1:
-            check_boundaries(self.model, inputs, trajectories)
+            check_batch(self.model, inputs, trajectories)
         folded = fold_labels(inputs, trajectories)
         with ExitStack() as sampling:
             noise = None if self.dipnet is None else sampling.enter_context(self.dipnet.sampling(key))

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig
-from transformers import MixtralConfig, MixtralForCausalLM
 from trl import TrlParser
 
 from dip_hf import DIPNetConfig, DIPSFTConfig
-from dip_hf.trainer.checks import check_boundaries, check_noise_setup
 from tests.trainer.tiny import ADAPTER, base_model, losses, make_trainer, tokenised
 
 
@@ -195,107 +190,6 @@ def test_adapter_on_head(tmp_path: Path) -> None:
 def test_blocks(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, DIPNetConfig(**ADAPTER, **options))
-
-
-def router_model() -> MixtralForCausalLM:
-    return MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=48,
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            num_local_experts=2,
-            eos_token_id=1,
-            pad_token_id=0,
-        )
-    )
-
-
-def test_router_loss(tmp_path: Path) -> None:
-    """Folded trajectories and a router loss exclude each other; either alone trains."""
-    adapter = DIPNetConfig(**{**ADAPTER, "target_modules": ["q_proj"]})
-    with pytest.raises(ValueError, match=r"num_trajectories=2 does not work with a router loss.*router_aux_loss_coef"):
-        make_trainer(tmp_path, adapter, {"num_trajectories": 2}, router_model())
-    make_trainer(tmp_path, adapter, {"num_trajectories": 2, "router_aux_loss_coef": 0.0}, router_model()).train()
-    make_trainer(tmp_path, adapter, {}, router_model()).train()
-
-
-def test_fsdp_activation_checkpointing(tmp_path: Path) -> None:
-    """accelerate's own activation checkpointing is refused. The plugin is a stand-in: FSDP needs an accelerator."""
-    trainer = make_trainer(tmp_path, DIPNetConfig(**ADAPTER))
-    plugin = SimpleNamespace(activation_checkpointing=True, fsdp_version=2, cpu_ram_efficient_loading=True)
-    stand_in = SimpleNamespace(
-        is_fsdp_enabled=True,
-        accelerator=SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)),
-        model=trainer.model,
-    )
-    with pytest.raises(ValueError, match=r"fsdp_activation_checkpointing=True .*activation_checkpointing=True in the"):
-        check_noise_setup(stand_in, trainer.args)
-    plugin.activation_checkpointing = False
-    with pytest.raises(ValueError, match=r"fsdp_cpu_ram_efficient_loading=True .*set it to False"):
-        check_noise_setup(stand_in, trainer.args)
-    stand_in.model = base_model()  # no noise, no buffers
-    check_noise_setup(stand_in, trainer.args)
-
-
-def test_blocks_that_read_one_row_s_boundaries(tmp_path: Path) -> None:
-    options = {"num_trajectories": 2, "padding_free": True}
-    trainer = make_trainer(tmp_path, DIPNetConfig(**ADAPTER), options)
-    trainer.model.config.layer_types = ["full_attention", "linear_attention", "full_attention"]
-    with pytest.raises(ValueError, match=r"num_trajectories=2 with packing or padding_free=True: linear_attention bl"):
-        check_noise_setup(trainer, trainer.args)
-    trainer.padding_free = False
-    check_noise_setup(trainer, trainer.args)
-
-
-def test_images_that_enter_between_blocks() -> None:
-    vision = SimpleNamespace(to_dict=lambda: {"vision_config": {"deepstack_visual_indexes": [1, 2]}})
-    model: Any = SimpleNamespace(config=vision)
-    with pytest.raises(ValueError, match=r"num_trajectories=2: .* adds features of pixel_values .* on text alone"):
-        check_boundaries(model, {"pixel_values": torch.zeros(1)}, 2)
-    check_boundaries(model, {"input_ids": torch.zeros(1, 2)}, 2)
-
-
-def test_flex_attention(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, DIPNetConfig(**ADAPTER), {"num_trajectories": 2})
-    trainer.model.config._attn_implementation = "flex_attention"
-    with pytest.raises(ValueError, match=re.escape("attn_implementation='flex_attention'")):
-        check_noise_setup(trainer, trainer.args)
-
-
-def positions_alone(examples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-    """A padding-free batch without the boundaries that TRL's own collator gives."""
-    return {
-        "input_ids": torch.tensor([[token for example in examples for token in example["input_ids"]]]),
-        "labels": torch.tensor([[token for example in examples for token in example["labels"]]]),
-        "position_ids": torch.tensor([[i for example in examples for i in range(len(example["input_ids"]))]]),
-    }
-
-
-def test_flash_attention_without_boundaries(tmp_path: Path) -> None:
-    """Flash attention reads them from the positions of batches of one row; folded, it would look across documents."""
-    adapter, options = DIPNetConfig(**ADAPTER), {"num_trajectories": 2, "remove_unused_columns": False}
-    trainer = make_trainer(tmp_path, adapter, options, data_collator=positions_alone)
-    trainer.model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match=r"num_trajectories=2: .*needs cu_seq_lens_q .*set num_trajectories to 1"):
-        trainer.train()
-    batch = positions_alone(tokenised(2).to_list())
-    with pytest.raises(ValueError, match="attn_implementation='flash_attention_2'"):
-        check_boundaries(trainer.model, batch, 2)
-    check_boundaries(trainer.model, {**batch, "cu_seq_lens_q": torch.tensor([0])}, 2)
-    check_boundaries(trainer.model, positions_alone(tokenised(1).to_list()), 2)  # one document has no boundary inside
-    trainer.model.config._attn_implementation = "sdpa"
-    check_boundaries(trainer.model, batch, 2)
-
-
-def test_trl_s_collator_gives_the_boundaries(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, DIPNetConfig(**ADAPTER), {"num_trajectories": 2, "padding_free": True})
-    batch = next(iter(trainer.get_train_dataloader()))
-    trainer.model.config._attn_implementation = "flash_attention_2"
-    check_boundaries(trainer.model, batch, 2)
-    assert len(batch["cu_seq_lens_q"]) == 9 and batch.get("attention_mask") is None
 
 
 def test_nothing_wrong(tmp_path: Path) -> None:
