@@ -27,6 +27,9 @@ Do = Callable[[Study, Store, Job], dict[str, Any]]
 
 _CONTEXT = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+# glibc gives a large buffer back to the system as soon as it is free, and the next operation's is mapped and cleared
+# page by page: 7 % of LoRA's step on Llama 192x4, 12 % with four trajectories
+_KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": 2**32, "MALLOC_TRIM_THRESHOLD_": 2**33, "MALLOC_TOP_PAD_": 2**28}
 
 
 @dataclass(frozen=True)
@@ -124,9 +127,11 @@ class Workers:
 
     def _start(self, index: int) -> _Worker:
         ours, theirs = _CONTEXT.Pipe()
-        # Read when torch is imported, so they are set before the process is
-        kept = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
-        os.environ |= dict.fromkeys(_THREAD_VARIABLES, str(self.threads))
+        # Read when the process starts and when torch is imported, so they are set before the process is
+        variables = {name: str(value) for name, value in _KEEP_MEMORY.items() if name not in os.environ}
+        variables |= dict.fromkeys(_THREAD_VARIABLES, str(self.threads))
+        kept = {name: os.environ.get(name) for name in variables}
+        os.environ |= variables
         try:
             log = self._logs / f"worker-{index}.log"
             process = _CONTEXT.Process(

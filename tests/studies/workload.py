@@ -33,3 +33,8 @@ def do(study: Study, store: Store, job: Job) -> dict[str, Any]:
         result = cell_result(0.5, job.seed) | {"config_hash": job.config_hash, "cell_hash": job.key}
     store.write("trials" if job.kind == "trial" else "cells", job.key, result)
     return result
+
+
+def environment(study: Study, store: Store, job: Job) -> dict[str, Any]:
+    """The variables that a worker process began with."""
+    return dict(os.environ)
