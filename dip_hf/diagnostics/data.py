@@ -48,7 +48,8 @@ def file_rows(path: str | Path, limit: int | None = None) -> list[dict[str, str]
     if not Path(path).is_file():
         raise ValueError(f"dataset={str(path)!r} is no file: give JSON Lines with prompt and completion.")
     rows: list[dict[str, str]] = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    # Not splitlines, which also ends lines at characters that JSON allows within strings, such as U+2028
+    for number, line in enumerate(Path(path).read_bytes().decode("utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:

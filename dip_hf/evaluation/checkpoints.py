@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from dip_hf.adapter_files import CONFIG_NAME, check_adapter_folder, read_config
+from dip_hf.adapter_files import CONFIG_NAME, WEIGHTS_NAME, check_adapter_folder, read_config
 
 
 SPELLING = (
@@ -87,6 +88,16 @@ class Checkpoint:
         if self.samples is not None:
             return self.samples
         return default if self.dropout or self.kind == "DIPNET" else 0
+
+
+def weight_digests(folder: str | Path) -> dict[str, str]:
+    """SHA-256 of each weight file of an adapter or a whole model, by file name; tells whether it was trained since."""
+    is_adapter = (Path(folder) / CONFIG_NAME).is_file()
+    digests = {}
+    for path in sorted(Path(folder).glob(WEIGHTS_NAME if is_adapter else "*.safetensors")):
+        with path.open("rb") as file:
+            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
 
 
 def check_checkpoints(checkpoints: Sequence[Checkpoint], model: str, num_samples: int = 0) -> None:

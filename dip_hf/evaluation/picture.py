@@ -38,6 +38,8 @@ def draw(report: Report, path: str | Path) -> None:
     figure = _figure(size)
     axes = figure.subplots(1, len(panels), width_ratios=panels, squeeze=False)[0]
     _draw_accuracies(axes[0], report.sets, names)
+    if report.settings.split != "test":
+        axes[0].set_title(f"Accuracy, {report.settings.split} split")
     if len(panels) > 1:
         _draw_differences(axes[1], report.sets, names, 0)
     if len(panels) > 2:

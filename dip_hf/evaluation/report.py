@@ -24,6 +24,7 @@ from dip_hf.evaluation.environment import describe_environment
 from dip_hf.evaluation.results import CheckpointScores, EvaluationSettings, TaskScores
 from dip_hf.evaluation.statistics import PairedDifference, accuracy, paired_difference, standard_error
 from dip_hf.evaluation.tables import Table, markdown, plain
+from dip_hf.evaluation.wording import describe_items, describe_split
 
 
 RESAMPLES = 10_000
@@ -188,7 +189,9 @@ def _title(block: Block) -> str:
 def to_text(report: Report) -> str:
     """The tables of task sets for a terminal."""
     tables = [_main_table(report.sets), _other_table(report.sets, report.names)]
-    parts = [*(plain(table, _RIGHT) for table in tables if table), textwrap.fill(report.footnote, 100)]
+    warning = describe_split(report.settings.split)
+    parts = [warning] if warning else []
+    parts += [*(plain(table, _RIGHT) for table in tables if table), textwrap.fill(report.footnote, 100)]
     if report.calibration:
         parts += [plain(table, right) for table, right in calibration_tables(report.calibration)]
         parts.append(textwrap.fill(calibration_footnote(report.calibration), 100))
@@ -210,10 +213,12 @@ def to_markdown(report: Report, picture: str | None = None, calibration_picture:
         for result in report.results
     )
     packages = ", ".join(f"{name} {number}" for name, number in environment["packages"].items())
-    limit = "all items" if settings.limit is None else f"the first {settings.limit} items of each task"
+    items = describe_items(settings.limit, [block.items for block in report.tasks])
+    families = "" if settings.families is None else f"families {', '.join(settings.families)}; "
     others = _other_table(report.sets, report.names)
     parts = [
         f"# Evaluation of {', '.join(report.names)}",
+        describe_split(settings.split),
         f"![Accuracy and paired differences]({picture})" if picture else "",
         markdown(_main_table(report.sets), _RIGHT),
         markdown(others, _RIGHT) if others else "",
@@ -224,8 +229,9 @@ def to_markdown(report: Report, picture: str | None = None, calibration_picture:
         "## Single tasks",
         markdown(_main_table(report.tasks), _RIGHT) if len(report.tasks) > len(report.sets) else "As above.",
         "## Settings",
-        f"Base `{settings.model}`; {limit}; batch size {settings.batch_size}; noise seed {settings.noise_seed}; "
-        f"{RESAMPLES} bootstrap resamples, seed {BOOTSTRAP_SEED}.",
+        f"Base `{settings.model}`; {families}split {settings.split}; {items}; dtype {settings.dtype}; batch size "
+        f"{settings.batch_size}; noise seed {settings.noise_seed}; {RESAMPLES} bootstrap resamples, seed "
+        f"{BOOTSTRAP_SEED}.",
         f"Device {environment['device']}; Python {environment['python']}; {packages}; commit {environment['commit']}.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -257,6 +263,7 @@ def to_json(report: Report) -> str:
                 "num_samples": result.num_samples,
                 "dropout": result.checkpoint.dropout,
                 "temperature": result.temperature,
+                "weights": result.weights,
                 "seconds": round(result.seconds, 1),
             }
             for result in report.results

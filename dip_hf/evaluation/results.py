@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from dip_hf.evaluation.checkpoints import Checkpoint
 from dip_hf.evaluation.environment import resolve_device
+from dip_hf.evaluation.wording import Prediction
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -100,6 +101,7 @@ class CheckpointScores:
         seconds: time spent on loading, fitting, generating and scoring.
         tasks: in the order in which they were loaded.
         temperature: fitted, where one was asked for; else None.
+        weights: for each folder that was loaded, its weight files' SHA-256; none for the base.
     """
 
     checkpoint: Checkpoint
@@ -108,12 +110,10 @@ class CheckpointScores:
     seconds: float
     tasks: tuple[TaskScores, ...]
     temperature: float | None = None
+    weights: tuple[dict[str, str], ...] = ()
 
     @property
-    def prediction(self) -> str:
-        """How it predicts, in words."""
-        if len(self.checkpoint.folders) > 1:
-            return f"average of {len(self.checkpoint.folders)} adapters"
-        if self.num_samples > 0:
-            return f"{self.num_samples} {'dropout ' if self.checkpoint.dropout else ''}samples"
-        return "one pass" if self.temperature is None else f"temperature {self.temperature:.2f}"
+    def prediction(self) -> Prediction:
+        """How it predicts."""
+        adapters = max(1, len(self.checkpoint.folders))
+        return Prediction(adapters, self.num_samples, self.checkpoint.dropout, self.temperature)

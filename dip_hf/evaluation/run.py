@@ -15,7 +15,7 @@ from lm_eval.evaluator import evaluate
 from transformers import AutoTokenizer
 
 from dip_hf.evaluation.calibration_report import check_in_distribution
-from dip_hf.evaluation.checkpoints import Checkpoint, check_checkpoints
+from dip_hf.evaluation.checkpoints import Checkpoint, check_checkpoints, weight_digests
 from dip_hf.evaluation.environment import resolve_device
 from dip_hf.evaluation.likelihoods import (
     check_output_types,
@@ -146,6 +146,7 @@ def _evaluate_one(settings: EvaluationSettings, checkpoint: Checkpoint, tasks: d
     temperature = None
     with _quiet():
         model = load_model(settings, checkpoint)
+        weights = tuple(weight_digests(folder) for folder in checkpoint.folders)
         if checkpoint.temperature:
             home = _in_distribution(settings, tasks)
             held_out = load_tasks(home, settings.include_path, limit=1, validation_items=VALIDATION_ITEMS)["tasks"]
@@ -154,7 +155,7 @@ def _evaluate_one(settings: EvaluationSettings, checkpoint: Checkpoint, tasks: d
         assert results is not None  # None is for ranks other than 0, which `prepare_tasks` refuses
         scores = [_task_scores(settings, model, tasks, *named) for named in results["samples"].items()]
     num_samples, seconds = checkpoint.num_samples(settings.num_samples), time.perf_counter() - start
-    return CheckpointScores(checkpoint, checkpoint.kind, num_samples, seconds, tuple(scores), temperature)
+    return CheckpointScores(checkpoint, checkpoint.kind, num_samples, seconds, tuple(scores), temperature, weights)
 
 
 def _task_scores(

@@ -78,7 +78,8 @@ def push(
         The commit; None for a dry run, which sends nothing.
 
     Raises:
-        ValueError: the run cannot be pushed, or the repository has commits that did not come from it.
+        ValueError: the run cannot be pushed, or the repository has commits that did not come from it, or is public
+            where `settings.private` is set.
         HubError: the Hub could not be reached, or refused.
     """
     with tempfile.TemporaryDirectory() as work:
@@ -92,10 +93,12 @@ def push(
 
 
 def describe(staging: Staging) -> list[str]:
-    """One line per file, with its size in bytes, and one per thing that is left out, with the reason."""
+    """One line per file, with its size in bytes, one on whose results they are, and one per thing that is left out."""
     sizes = staging.sizes()
     lines = [f"{size:>14,}  {name}" for name, size in sizes.items()]
     lines.append(f"{sum(sizes.values()):>14,}  bytes in {len(sizes)} files")
+    if staging.origin is not None:
+        lines.append(f"{'results':>14}  {staging.origin}")
     return lines + [f"{'left out':>14}  {name}: {reason}" for name, reason in sorted(staging.left_out.items())]
 
 
@@ -113,7 +116,12 @@ class _Push:
             lambda: self.api.create_repo(self.repo_id, private=self.settings.private or None, exist_ok=True),
         )
         self.repo_id = created.repo_id  # with the user's name where none was given
-        head, present = self._attempt("reading the repository", self._head)
+        head, present, is_private = self._attempt("reading the repository", self._head)
+        if self.settings.private and not is_private:
+            raise ValueError(
+                f"private=True, but {self.repo_id} exists and is public; make it private in its settings on the Hub, "
+                "or leave private out"
+            )
         pushed = self._pushed()
         foreign = present - _FIRST_FILES and head not in {*own_commits, pushed.get(self._key())}
         if foreign and not self.settings.force:
@@ -136,11 +144,11 @@ class _Push:
             return {}
         return content if isinstance(content, dict) else {}
 
-    def _head(self) -> tuple[str, set[str]]:
-        """The branch's newest commit and the paths of its files."""
+    def _head(self) -> tuple[str, set[str], bool]:
+        """The branch's newest commit, the paths of its files, and whether the repository is private."""
         info = self.api.model_info(self.repo_id, revision=self.settings.revision)
         assert info.sha is not None  # the Hub leaves it out of lists only
-        return info.sha, {sibling.rfilename for sibling in info.siblings or []}
+        return info.sha, {sibling.rfilename for sibling in info.siblings or []}, bool(info.private)
 
     def _commit(self, staging: Staging, head: str, present: set[str]) -> CommitInfo:
         additions = {name: staging.files[name] for name in sorted(staging.files)}
@@ -149,7 +157,7 @@ class _Push:
 
         def landed() -> CommitInfo | None:
             """The commit of an attempt whose answer was lost."""
-            now, files = self._head()
+            now, files, _ = self._head()
             if now == head:
                 return None
             if files & set(stale) or not self._holds(now, additions):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, EvalResultEntry
 
+from dip_hf.evaluation.checkpoints import weight_digests
+from dip_hf.evaluation.wording import Prediction, describe_items, describe_split
 from dip_hf.hub.record import scrub
 from dip_hf.hub.settings import check_repo_id
 
@@ -19,6 +21,10 @@ REPORT_NAME = "report.json"
 PICTURE_NAME = "report.png"
 
 _BENCHMARK = re.compile(r"(?P<task>[^=]+)=(?P<dataset>[^:=]+):(?P<task_id>[^:=]+)")
+
+
+class StaleReportError(ValueError):
+    """A report is on other weights than a run's folder holds now."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,8 @@ class Results:
         lines: of all checkpoints on all task sets.
         report: the report's content, fit to be published.
         picture: the report's picture; None where there is none.
+        predictions: how each checkpoint predicts, by its name; without those of which an older report says nothing.
+        origin: which entry of which report was taken, and why; it may name local folders.
     """
 
     checkpoint: str
@@ -59,6 +67,28 @@ class Results:
     lines: tuple[Line, ...]
     report: dict[str, Any]
     picture: Path | None
+    predictions: dict[str, Prediction] = field(default_factory=dict)
+    origin: str = ""
+
+    @property
+    def prediction(self) -> Prediction | None:
+        """How this run predicts; None where an older report does not say."""
+        return self.predictions.get(self.checkpoint)
+
+    @property
+    def split(self) -> str:
+        """ "test", which is all that older reports know, or "validation"."""
+        return str(self.report["settings"].get("split", "test"))
+
+    @property
+    def split_warning(self) -> str:
+        """A sentence where it is not the test split; else empty."""
+        return describe_split(self.split)
+
+    @property
+    def items(self) -> str:
+        """Which items of each task were used, in words."""
+        return describe_items(self.report["settings"]["limit"], [block["items"] for block in self.report["tasks"]])
 
     def model_index(self) -> list[EvalResult]:
         """This run's results on task sets, as the metadata `model-index` of a model card has them; in %."""
@@ -70,7 +100,10 @@ class Results:
                 metric_type=block["metric"],
                 metric_name="accuracy in %",
                 metric_value=round(line.accuracy, 2),
-                metric_args={"standard_error": _rounded(line.standard_error), "items": line.items},
+                # Under "test", lm-eval's own tasks have splits of their own
+                dataset_split=None if self.split == "test" else self.split,
+                metric_args={"standard_error": _rounded(line.standard_error), "items": line.items}
+                | ({} if self.prediction is None else {"prediction": str(self.prediction)}),
             )
             for block in self.report["task_sets"]
             for line in _lines(block, self.reference)
@@ -87,7 +120,7 @@ class Results:
             A file's name to its entry, the value in %.
 
         Raises:
-            ValueError: one is malformed, not in the report, or was run on some of its items only.
+            ValueError: one is malformed, not in the report, or was run on the validation split or some items only.
         """
         entries = {}
         for text in benchmarks:
@@ -95,10 +128,14 @@ class Results:
             if match is None:
                 raise ValueError(f"benchmarks: {text!r} must read TASK=DATASET_ID:TASK_ID")
             check_repo_id("benchmarks", match["dataset"])
+            if self.split != "test":
+                raise ValueError(
+                    f"benchmarks: {text!r}: the report has split={self.split!r}; evaluate on the test split"
+                )
             if self.report["settings"]["limit"] is not None:
                 raise ValueError(
-                    f"benchmarks: {text!r}: the report covers the first {self.report['settings']['limit']} items of "
-                    "each task only; evaluate without limit for a result that can stand beside others"
+                    f"benchmarks: {text!r}: the report covers {self.items} only; evaluate without limit for a result "
+                    "that can stand beside others"
                 )
             blocks = {block["name"]: block for block in self.report["tasks"]}
             if match["task"] not in blocks:
@@ -106,12 +143,13 @@ class Results:
             lines = _lines(blocks[match["task"]], self.reference)
             line = next(line for line in lines if line.checkpoint == self.checkpoint)
             error = "" if line.standard_error is None else f", standard error {line.standard_error:.2f}"
+            prediction = "" if self.prediction is None else f", {self.prediction}"
             entries[re.sub(r"\W+", "_", match["task"]) + ".yaml"] = EvalResultEntry(
                 dataset_id=match["dataset"],
                 task_id=match["task_id"],
                 value=round(line.accuracy, 2),
                 notes=f"{match['task']} of lm-eval {self.report['environment']['packages'].get('lm_eval', '')}, "
-                f"{line.items} items{error}",
+                f"{line.items} items{error}{prediction}",
             )
         return entries
 
@@ -122,13 +160,15 @@ def read_results(folder: Path, report: str | None = None, checkpoint: str | None
     Args:
         folder: of the run.
         report: report.json or its folder; default: report.json in `folder`, if there is one.
-        checkpoint: the run's name in the report; default: found by the run's folder, or by its folder's name.
+        checkpoint: the run's name in the report; default: found by the run's folder, or by its folder's name where
+            what the report names is not on this machine.
 
     Returns:
         None without a report.
 
     Raises:
         ValueError: the report is missing or no report, or this run is not in it.
+        StaleReportError: the run was trained again since.
     """
     path = Path(report) if report is not None else folder / REPORT_NAME
     path = path / REPORT_NAME if path.is_dir() else path
@@ -138,28 +178,71 @@ def read_results(folder: Path, report: str | None = None, checkpoint: str | None
         raise ValueError(f"report={report!r} does not exist: give the folder that recipes/evaluate.py wrote")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        folders = {entry["name"]: entry["path"] for entry in content["checkpoints"]}
+        folders = {str(entry["name"]): entry["path"] and str(entry["path"]) for entry in content["checkpoints"]}
+        weights = {str(entry["name"]): list(entry.get("weights") or []) for entry in content["checkpoints"]}
+        predictions = {str(entry["name"]): _prediction(entry) for entry in content["checkpoints"]}
         reference = str(content["reference"])
         lines = tuple(line for block in content["task_sets"] for line in _lines(block, reference))
-        content["settings"]["limit"], content["tasks"], content["environment"]["packages"]  # read below
+        content["settings"].get("split"), content["environment"]["packages"]  # read below
+        describe_items(content["settings"]["limit"], [block["items"] for block in content["tasks"]])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"report: {path} is no report of recipes/evaluate.py ({error!r}); evaluate again") from error
-    name = checkpoint if checkpoint is not None else _name_of(folder, folders)
+    name, reason = _find_entry(folder, folders) if checkpoint is None else (checkpoint, "as asked for")
     if name is None or name not in folders:
+        known = [entry if place is None else f"{entry}={place}" for entry, place in sorted(folders.items())]
         raise ValueError(
-            f"checkpoint={checkpoint!r}: {path} does not say which of its checkpoints {sorted(folders)} "
-            f"{folder} is; give its name as checkpoint"
+            f"checkpoint={checkpoint!r}: {path} does not say which of its checkpoints {known} {folder} is; give its "
+            "name as checkpoint, or evaluate this folder"
+        )
+    if weights[name] and weight_digests(folder) not in weights[name]:
+        raise StaleReportError(
+            f"report: {path} has results of {name!r} with other weights than {folder} holds now; evaluate again, or "
+            "push without this report"
         )
     picture = path.with_name(PICTURE_NAME)
-    return Results(name, reference, lines, scrub(content), picture if picture.is_file() else None)
+    return Results(
+        checkpoint=name,
+        reference=reference,
+        lines=lines,
+        report=scrub(content),
+        picture=picture if picture.is_file() else None,
+        predictions={entry: prediction for entry, prediction in predictions.items() if prediction is not None},
+        origin=f"{name!r} of {path}: {reason}",
+    )
 
 
-def _name_of(folder: Path, folders: dict[str, str | None]) -> str | None:
-    """The checkpoint of that very folder, or the only one whose folder has the same name."""
-    exact = [name for name, path in folders.items() if path and Path(path).resolve() == folder.resolve()]
-    alike = [name for name, path in folders.items() if path and Path(path).name == folder.resolve().name]
+def _find_entry(folder: Path, folders: dict[str, str | None]) -> tuple[str | None, str]:
+    """The checkpoint of that very folder, or else the only one whose folder has the same name and is not here.
+
+    Returns:
+        Its name, None where it is none or not clear; and the reason, for people.
+    """
+    own = folder.resolve()
+    above = (Path.cwd(), *own.parents)  # a relative path is seen from where the evaluation was started
+    exact, alike = [], []
+    for name, path in folders.items():
+        if not path or "+" in path:  # the base; an ensemble, which is no one run
+            continue
+        here = [(place / path).resolve() for place in above if (place / path).exists()]
+        if own in here:
+            exact.append((name, f"evaluated from {path}"))
+        elif not here and Path(path).name == own.name:
+            alike.append((name, f"its folder {path} is not on this machine, and has the same name"))
     found = exact or alike
-    return found[0] if len(found) == 1 else None
+    return found[0] if len(found) == 1 else (None, "")
+
+
+def _prediction(entry: dict[str, Any]) -> Prediction | None:
+    """How an entry of a report predicts; None where an older one does not say."""
+    if "num_samples" not in entry:
+        return None
+    temperature = entry.get("temperature")
+    return Prediction(
+        adapters=len((entry["path"] or "").split("+")),
+        num_samples=int(entry["num_samples"]),
+        dropout=bool(entry.get("dropout")),
+        temperature=None if temperature is None else float(temperature),
+    )
 
 
 def _rounded(value: float | None) -> float | None:

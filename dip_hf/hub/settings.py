@@ -32,7 +32,11 @@ class PushSettings:
         metadata={"help": "report.json of recipes/evaluate.py, or its folder; FOLDER/report.json if not given."},
     )
     checkpoint: str | None = field(
-        default=None, metadata={"help": "What the report calls this run; found by its folder if not given."}
+        default=None,
+        metadata={
+            "help": "What the report calls this run; if not given, found by its folder, or, where the report was made "
+            "on another machine, by the folder's name."
+        },
     )
     benchmarks: list[str] | None = field(
         default=None,
@@ -47,7 +51,9 @@ class PushSettings:
     dry_run: bool = field(default=False, metadata={"help": "List every file with its size, and send nothing."})
     private: bool = field(
         default=False,
-        metadata={"help": "Make a new repository private; the Hub's own default if not given."},
+        metadata={
+            "help": "Make a new repository private, and refuse a public one; the Hub's own default if not given."
+        },
     )
     force: bool = field(default=False, metadata={"help": "Push over commits that did not come from this folder."})
     revision: str | None = field(default=None, metadata={"help": "Branch to push to; main if not given."})

@@ -14,7 +14,7 @@ from dip_hf.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from dip_hf.dipnet.export import export_lora
 from dip_hf.hub.card import render_card
 from dip_hf.hub.record import ENVIRONMENT_NAME, TRAINING_NAME, scrub
-from dip_hf.hub.results import PICTURE_NAME, REPORT_NAME, Results, read_results
+from dip_hf.hub.results import PICTURE_NAME, REPORT_NAME, Results, StaleReportError, read_results
 from dip_hf.hub.run import MODEL, FinishedRun, local_base, read_run
 from dip_hf.hub.settings import PushSettings
 
@@ -33,17 +33,19 @@ _TEXT_SUFFIXES = {".json", ".yaml", ".md", ".jinja", ".txt"}
 _ACCESS_TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}\b")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Staging:
     """What would be pushed.
 
     Attributes:
         files: path in the repository to local file.
         left_out: path in the repository to the reason why it is missing.
+        origin: where the results were taken from; None without any.
     """
 
     files: dict[str, Path] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    origin: str | None = None
 
     def sizes(self) -> dict[str, int]:
         """Path in the repository to bytes, in order of the paths."""
@@ -62,8 +64,8 @@ def stage(settings: PushSettings, work: Path, tags: list[str] | None = None) -> 
         ValueError: the run cannot be pushed; names the field, the value and the remedy.
     """
     run = read_run(settings.folder, settings.base_model, settings.datasets)
-    results = read_results(run.folder, settings.report, settings.checkpoint)
     staging = Staging()
+    results = _find_results(run, settings, staging)
     lora = None
     if run.kind == MODEL:
         if settings.merged:
@@ -81,11 +83,30 @@ def stage(settings: PushSettings, work: Path, tags: list[str] | None = None) -> 
         _take(run.folder, staging, (name,))
         if name not in staging.files:
             staging.left_out[name] = "the run's folder has none; DIPSFTTrainer.save_model writes it"
-    _stage_results(results, settings, work, staging)
+    if results is not None:
+        _stage_results(results, settings, work, staging)
     card = render_card(run, settings.repo_id, results, lora, settings.merged, tags or [])
     staging.files["README.md"] = _write(work / "README.md", card)
     _refuse_tokens(staging)
     return staging
+
+
+def _find_results(run: FinishedRun, settings: PushSettings, staging: Staging) -> Results | None:
+    """The run's results; those that lie in its folder on earlier weights are left out, those asked for are refused."""
+    missing = "no report; give the one that recipes/evaluate.py wrote"
+    try:
+        results = read_results(run.folder, settings.report, settings.checkpoint)
+    except StaleReportError as error:
+        if settings.report is not None or settings.benchmarks:
+            raise
+        results, missing = None, str(error)
+    if results is None:
+        if settings.benchmarks:
+            raise ValueError(f"benchmarks={settings.benchmarks} need a report: give the one of recipes/evaluate.py")
+        staging.left_out[f"evaluation/{REPORT_NAME}"] = missing
+        return None
+    staging.origin = results.origin
+    return results
 
 
 def _take(folder: Path, staging: Staging, names: tuple[str, ...]) -> None:
@@ -140,12 +161,7 @@ def _stage_merged(run: FinishedRun, target: Path, staging: Staging) -> None:
     staging.files.update({f"{MERGED_FOLDER}/{name}": path for name, path in (tokenizer | made).items()})
 
 
-def _stage_results(results: Results | None, settings: PushSettings, work: Path, staging: Staging) -> None:
-    if results is None:
-        if settings.benchmarks:
-            raise ValueError(f"benchmarks={settings.benchmarks} need a report: give the one of recipes/evaluate.py")
-        staging.left_out[f"evaluation/{REPORT_NAME}"] = "no report; give the one that recipes/evaluate.py wrote"
-        return
+def _stage_results(results: Results, settings: PushSettings, work: Path, staging: Staging) -> None:
     text = json.dumps(results.report, indent=2) + "\n"
     staging.files[f"evaluation/{REPORT_NAME}"] = _write(work / "evaluation" / REPORT_NAME, text)
     if results.picture is not None:

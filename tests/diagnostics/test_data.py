@@ -64,6 +64,17 @@ def test_file_rows(tmp_path: Path) -> None:
         file_rows(tmp_path)
 
 
+def test_lines_of_a_file_end_at_newlines_alone(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    odd = "a\u2028b\u2029c\x85d"  # within strings of JSON, as json.dumps(..., ensure_ascii=False) leaves them
+    text = f'{{"prompt": "{odd}",\r "completion": "c"}}\r\n\r\n{{"prompt": "q", "completion": "{odd}"}}\n'
+    path.write_bytes(text.encode())
+    assert file_rows(path) == [{"prompt": odd, "completion": "c"}, {"prompt": "q", "completion": odd}]
+    path.write_bytes(text.encode() + b"{")
+    with pytest.raises(ValueError, match="line 4: no valid JSON"):
+        file_rows(path)
+
+
 def test_suite_rows() -> None:
     rows = suite_rows(["number_sorting", "gcd"], "validation", 3)
     assert len(rows) == 6 and all(row["prompt"].endswith("\nAnswer:") for row in rows)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
 
 import pytest
 
-from dip_hf.evaluation.checkpoints import Checkpoint, check_checkpoints
+from dip_hf.evaluation.checkpoints import Checkpoint, check_checkpoints, weight_digests
 
 
 def test_a_name_alone_is_the_base_and_a_folder_may_hold_an_equals_sign() -> None:
@@ -102,6 +103,20 @@ def test_kinds(base_folder: str, lora_folder: str, dipnet_folder: str) -> None:
 def test_good_checkpoints_pass(base_folder: str, lora_folder: str, dipnet_folder: str) -> None:
     folders = {"whole": base_folder, "lora": lora_folder, "dipnet": dipnet_folder}
     check_checkpoints([Checkpoint("base"), *(Checkpoint(*pair) for pair in folders.items())], base_folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("lora_folder", "adapter_model.safetensors"), ("base_folder", "model.safetensors")]
+)
+def test_digests_are_those_of_the_weights(
+    kind: str, name: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = Path(shutil.copytree(request.getfixturevalue(kind), tmp_path / "copy"))
+    content = (folder / name).read_bytes()
+    assert weight_digests(folder) == {name: hashlib.sha256(content).hexdigest()}
+    (folder / "training_args.bin").write_bytes(b"another file")
+    (folder / name).write_bytes(content[:-1])
+    assert weight_digests(folder) == {name: hashlib.sha256(content[:-1]).hexdigest()}
 
 
 def test_no_checkpoint_and_one_name_twice_are_refused(base_folder: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,24 @@ def test_the_markdown_tables_are_whole() -> None:
     assert "| lora | LORA | `runs/lora` | one pass | 1 |" in markdown
 
 
+def test_a_report_on_the_validation_split_says_so(tmp_path: Path) -> None:
+    test = make_report(SETTINGS, [BASE, LORA])
+    validation = make_report(replace(SETTINGS, split="validation", families=("gcd", "lcm")), [BASE, LORA])
+    warning = "On the validation split, by which settings are chosen: these are no test results."
+    for write in (to_text, to_markdown):
+        assert warning in write(validation) and "validation" not in write(test)
+    assert to_text(validation).startswith(warning)
+    assert "families gcd, lcm; split validation; the first 4 items of each task; dtype auto" in to_markdown(validation)
+    assert "; split test; the first 4 items of each task; dtype auto;" in to_markdown(test)
+    assert "families" not in to_markdown(test)
+    pictures = [write_report(report, tmp_path / report.settings.split)[2] for report in (test, validation)]
+    assert pictures[0].read_bytes() != pictures[1].read_bytes()
+
+
+def test_no_more_items_are_claimed_than_there_were() -> None:
+    assert "; the first 4 items of each task;" in to_markdown(make_report(replace(SETTINGS, limit=500), [LORA]))
+
+
 def test_the_json_holds_settings_counts_and_no_single_item() -> None:
     content = json.loads(to_json(make_report(SETTINGS, [BASE, LORA])))
     assert content["settings"]["limit"] == 4
@@ -76,6 +95,7 @@ def test_the_json_holds_settings_counts_and_no_single_item() -> None:
         "num_samples": 0,
         "dropout": False,
         "temperature": None,
+        "weights": [],
         "seconds": 1.2,
     }
     assert content["environment"]["packages"]["torch"]

@@ -141,6 +141,17 @@ def test_a_dry_run_sends_nothing(call: Call, hub: Hub, run_folder: Path) -> None
     assert hashes(run_folder) == before
 
 
+def test_a_private_push_to_a_public_repository_sends_nothing(call: Call, hub: Hub, run_folder: Path) -> None:
+    repo = hub.add_repo("you/public")
+    refused = call("push", settings(run_folder, "you/public", private=True, force=True))
+    assert refused["error"] == "ValueError"
+    assert "private=True, but you/public exists and is public; make it private" in refused["message"]
+    assert len(repo.commits) == 1 and not repo.private
+    repo.private = True
+    assert call("push", settings(run_folder, "you/public", private=True)) == {"value": repo.head}
+    assert len(repo.commits) == 2
+
+
 def test_the_command_makes_a_private_repository(call: Call, hub: Hub, run_folder: Path) -> None:
     assert call("command", ["push", str(run_folder), "you/hidden", "--private"]) == {"value": 0}
     assert hub.repos["you/hidden"].private

@@ -115,7 +115,7 @@ def test_results_and_benchmarks(run_folder: Path, tmp_path: Path) -> None:
     assert entry["dataset"] == {"id": "openai/gsm8k", "task_id": "gsm8k"} and entry["value"] == 51.25
     assert "standard error 1.50" in entry["notes"]
     card = staging.files["README.md"].read_text()
-    assert "| `gsm8k_cot` | 1319 | mine (this one) | 51.2 ± 1.5 | +10.0 | [+8.0, +12.0] |" in card
+    assert "| `gsm8k_cot` | 1319 | mine (this one) |  | 51.2 ± 1.5 | +10.0 | [+8.0, +12.0] |" in card
 
 
 @pytest.mark.parametrize(

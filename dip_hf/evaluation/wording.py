@@ -1,0 +1,53 @@
+"""What a report says in words of how, and on what, it was made; the same in report.md and in a model card."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """How a checkpoint predicts; its text is for tables.
+
+    Attributes:
+        adapters: how many are averaged; 1 for any other checkpoint.
+        num_samples: as averaged; 0 for a plain pass.
+        dropout: whether the samples are those of a LoRA adapter's dropout.
+        temperature: by which logits are divided; None for none.
+    """
+
+    adapters: int = 1
+    num_samples: int = 0
+    dropout: bool = False
+    temperature: float | None = None
+
+    @property
+    def is_averaged(self) -> bool:
+        """Whether it takes more than one pass, so that a single one has other results."""
+        return self.adapters > 1 or self.num_samples > 0
+
+    def __str__(self) -> str:
+        if self.adapters > 1:
+            return f"average of {self.adapters} adapters"
+        if self.num_samples > 0:
+            return f"{self.num_samples} {'dropout ' if self.dropout else ''}samples"
+        return "one pass" if self.temperature is None else f"temperature {self.temperature:.2f}"
+
+
+def describe_items(limit: int | None, sizes: Collection[int]) -> str:
+    """Which items were used.
+
+    Args:
+        limit: the first so many of each task; None: all of them.
+        sizes: the number of each task's items that were used; at least one.
+    """
+    if limit is None:
+        return "all items"
+    most = min(limit, max(sizes))  # a task may hold fewer
+    return f"{'' if most <= min(sizes) else 'at most '}the first {most} items of each task"
+
+
+def describe_split(split: str) -> str:
+    """A warning where it is not the test split; else empty."""
+    return "" if split == "test" else f"On the {split} split, by which settings are chosen: these are no test results."
