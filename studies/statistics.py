@@ -5,6 +5,10 @@ column i is test item i, which is the same for all seeds and arms. Tasks are fix
 are samples. A resample draws seeds with replacement and, independently and within each task, items with replacement,
 the same items for every seed (the two-way bootstrap of Owen, 2007, for crossed factors, called "pigeonhole"); an
 arm's score always comes with the reference's of the same seed and item. With one seed the interval covers items alone.
+
+A bootstrap over a handful of seeds finds too many differences where seeds are most of what varies, and most of all in the
+far tail that a correction over many arms reads. A p-value is therefore never below that of a paired t-test over seeds,
+which takes the number of seeds into account.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import stats
 
 from dip_hf.evaluation.calibration import BINS
 from dip_hf.evaluation.statistics import basic_interval
@@ -31,9 +36,9 @@ class Difference:
         value: the difference, in the scores' unit.
         low: lower end of the 95% basic bootstrap interval, see `dip_hf.evaluation.statistics.basic_interval`.
         high: upper end of it.
-        p: two-sided bootstrap p-value: twice the smaller share of the resampled differences, reflected about the
-            observed one, on either side of zero, zero itself and the difference at hand counted on both sides; so at
-            least 2/(resamples + 1).
+        p: two-sided p-value, the larger one of two. Of the bootstrap: twice the smaller share of the resampled
+            differences, reflected about the observed one, on either side of zero, zero itself and the difference at
+            hand counted on both sides; so at least 2/(resamples + 1). And of `seeds_p_value`, with two seeds or more.
         seeds: number of seeds.
         higher: number of seeds in which the arm's mean is above the reference's.
         lower: number of seeds in which it is below.
@@ -116,11 +121,22 @@ class Resampler:
             value=value,
             low=low,
             high=high,
-            p=min(1.0, 2 * side / (len(resampled) + 1)),
+            p=max(min(1.0, 2 * side / (len(resampled) + 1)), seeds_p_value(per_seed)),
             seeds=len(per_seed),
             higher=int((per_seed > 1e-9).sum()),
             lower=int((per_seed < -1e-9).sum()),
         )
+
+
+def seeds_p_value(differences: ArrayLike) -> float:
+    """Two-sided p-value of a t-test that paired differences, one per seed, have mean zero; 0 with a single one."""
+    values = np.asarray(differences, dtype=np.float64)
+    if len(values) < 2:
+        return 0.0
+    error = values.std(ddof=1) / len(values) ** 0.5
+    if error <= 1e-9:  # the same in every seed
+        return float(abs(values.mean()) <= 1e-9)
+    return float(2 * stats.t.sf(abs(values.mean()) / error, len(values) - 1))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

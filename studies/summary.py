@@ -28,8 +28,15 @@ def summary(comparison: Comparison, study: Study) -> str:
         f"**Summary**: the values of {study.reference}, and differences to it with their 95% intervals; bold where a "
         f"verdict is given (p < {LEVEL:g} after correction, all seeds agree); *kept*: the pretraining families"
     )
-    lines = [(name, *by_arm[name]) for name in names]
+    first = {row.arm: row for row in comparison.rows[measures[0]]}
+    lines = [(_label(first[name], first[study.reference]), *by_arm[name]) for name in names]
     return f"{text}\n\n{markdown([header, *lines], right=range(1, len(header)))}"
+
+
+def _label(row: Row, reference: Row) -> str:
+    """The arm, with the number of seeds that its differences rest on where the reference's value rests on more."""
+    own = row.difference
+    return row.arm if own is None or own.seeds == reference.seeds else f"{row.arm} ({own.seeds} seeds)"
 
 
 def _cell(row: Row, measure: Measure, reference: str) -> str:

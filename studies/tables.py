@@ -56,13 +56,16 @@ def method_section() -> str:
             "runs is scored once on the test split, but for a study of settings, which says so.",
             "Accuracy is the share of generated answers that reasoning-gym's own scorer gives full marks, the mean "
             "over families; ± is the standard deviation over seeds. A difference is to the reference arm with the "
-            f"same seeds and items. Its 95% basic interval and p-value come from {RESAMPLES:,} two-way bootstrap "
+            f"same seeds and items. Its 95% basic interval comes from {RESAMPLES:,} two-way bootstrap "
             "resamples, reflected about the difference at hand: seeds are drawn with replacement, and independently, "
             "within each family, items, the same for all seeds; an arm's score always comes with the reference's. "
             "Such an interval is too short where there are few seeds: with five, and were seeds all that varies, it "
             "would cover 85%, and more where items vary too; with one it covers the choice of items alone. p is "
+            "the larger one of the bootstrap's and a paired t-test's over seeds, without which a table of two dozen arms "
+            "with five seeds would show some difference in three of ten cases where there is none, and is "
             f"corrected by Holm over the arms of a table. A verdict takes p < {LEVEL:g} after that and the same sign "
-            f"in every seed, of at least {MIN_SEEDS}. NLL is that of the reference answer with its end; ECE has "
+            f"in every seed, of at least {MIN_SEEDS}. NLL is that of the reference answer with its end (a "
+            "palindrome may have several right ones); ECE has "
             f"{BINS} bins of equal width, and that of a finite sample is too high, most for a well calibrated arm, "
             "for which the basic interval corrects in part. Confidence (that in the model's own answer), its Brier "
             "score and AUROC (right against wrong answers) have no interval.",

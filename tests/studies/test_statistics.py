@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dip_hf.evaluation.calibration import expected_calibration_error
-from studies.statistics import Resampler, holm
+from studies.statistics import Resampler, holm, seeds_p_value
 
 
 def _resampler(seeds: int, items: list[int], resamples: int = 4000) -> Resampler:
@@ -25,6 +25,21 @@ def test_holm_lies_between_p_and_bonferroni_and_keeps_the_order(p: list[float]) 
     assert all(one <= two <= min(1, len(p) * one) + 1e-12 for one, two in zip(p, adjusted, strict=True))
     order = sorted(range(len(p)), key=p.__getitem__)
     assert [adjusted[i] for i in order] == sorted(adjusted)
+
+
+def test_the_t_test_over_seeds_by_hand() -> None:
+    # t = 2√3 with two degrees of freedom, whose distribution function is 1/2 + t / (2 √(2 + t²))
+    assert seeds_p_value([1.0, 2.0, 3.0]) == pytest.approx(1 - 2 * 3**0.5 / 14**0.5)
+    assert seeds_p_value([-3.0, -2.0, -1.0]) == seeds_p_value([1.0, 2.0, 3.0])
+    assert (seeds_p_value([0.0, 0.0]), seeds_p_value([0.5, 0.5]), seeds_p_value([0.5])) == (1.0, 0.0, 0.0)
+
+
+def test_few_uneven_seeds_are_no_evidence() -> None:
+    """Where seeds are all that varies the bootstrap over five of them finds what the t-test does not."""
+    scores = np.array([0.1, 0.2, 0.3, 0.9, 1.0])[:, None] * np.ones(50)
+    resampler = _resampler(5, [50])
+    difference = resampler.difference(resampler.means([scores]), resampler.means([np.zeros_like(scores)]))
+    assert difference.p == pytest.approx(seeds_p_value(scores[:, 0])) and difference.p > 0.05 and difference.low > 0
 
 
 def test_equal_scores_give_zero_and_a_constant_difference_itself() -> None:
