@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
@@ -17,14 +18,15 @@ def find_decoder_blocks(
 
     They are the entries of the one `nn.ModuleList` all of whose entries are `GradientCheckpointingLayer`s and whose
     length is the text config's `num_hidden_layers` (this project's choice: it finds the blocks of 159 of the 168
-    causal-LM classes of transformers 5.23).
+    causal-LM classes of transformers 5.23). Of several, as where a vision tower is as deep, the one under
+    `get_decoder()` counts.
 
     Args:
         model: a transformers model.
         remedy: what to do where they are not found, for the error message.
 
     Raises:
-        ValueError: none or several such lists.
+        ValueError: none or several such lists; or an encoder-decoder, whose encoder is as deep.
     """
     if not hasattr(model, "config") or not hasattr(model.config, "get_text_config"):
         raise ValueError(f"block_names=None: {type(model).__name__} is no transformers model; {remedy}.")
@@ -37,6 +39,10 @@ def find_decoder_blocks(
         and len(module) == depth
         and all(isinstance(block, GradientCheckpointingLayer) for block in module)
     ]
+    if len(found) > 1 and isinstance(model, PreTrainedModel) and not config.is_encoder_decoder:
+        decoder = set(model.get_decoder().modules())
+        inside = [name for name in found if model.get_submodule(name) in decoder]
+        found = inside if len(inside) == 1 else found
     if len(found) != 1:
         raise ValueError(
             f"block_names=None: found {len(found)} lists of {depth} decoder blocks in {type(model).__name__} "

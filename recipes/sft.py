@@ -34,7 +34,7 @@ def make_trainer(
     trainer_class: type[DIPSFTTrainer] = DIPSFTTrainer,
 ) -> DIPSFTTrainer:
     """Load data and model. Data comes first: a mistake in it costs no wait for the weights."""
-    check_run(data, training)
+    check_run(data, training, adapter)
     train_dataset, eval_dataset = load_datasets(data, training)
     given = training.model_init_kwargs
     training.model_init_kwargs = {

@@ -5,9 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+)
 
 from dip_hf.blocks import find_decoder_blocks, select_blocks
 from tests.dipnet.models import FAMILIES, build
@@ -32,6 +39,29 @@ def test_a_model_whose_blocks_are_not_as_many_as_its_config_says() -> None:
     model = build()
     model.config.num_hidden_layers = 5
     with pytest.raises(ValueError, match=r"block_names=None: found 0 lists of 5 decoder blocks .*block_names=\["):
+        find_decoder_blocks(model)
+
+
+def test_a_vision_tower_of_the_same_depth() -> None:
+    """The decoder's blocks, whichever of the two lists comes first."""
+    sizes = {"num_hidden_layers": 3, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    vision = {**sizes, "image_size": [28, 28], "patch_size": [14, 14]}
+    text = {**sizes, "model_type": "qwen2", "num_key_value_heads": 1, "vocab_size": 64}
+    with torch.device("meta"):
+        model = InternVLForConditionalGeneration(InternVLConfig(vision_config=vision, text_config=text))
+    assert [name for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part) == 3] == [
+        "model.vision_tower.encoder.layer",
+        "model.language_model.layers",
+    ]
+    assert find_decoder_blocks(model) == [f"model.language_model.layers.{index}" for index in range(3)]
+
+
+def test_an_encoder_of_the_same_depth() -> None:
+    """An encoder-decoder is not what the methods here are for: its blocks need names."""
+    sizes = {"d_model": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": 64}
+    with torch.device("meta"):
+        model = BartForConditionalGeneration(BartConfig(**sizes, encoder_layers=2, decoder_layers=2))
+    with pytest.raises(ValueError, match=r"block_names=None: found 2 lists of 2 decoder blocks .*encoder.*decoder"):
         find_decoder_blocks(model)
 
 

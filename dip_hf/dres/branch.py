@@ -189,8 +189,8 @@ class DReSBranch:
         if batch_size < self.group_size:
             raise ValueError(
                 f"dres_group_size={self.group_size} is more than the {batch_size} rows of a batch "
-                f"(per_device_train_batch_size), so no group would be filled; lower it to at most {batch_size}, or "
-                "use dres_placement='token'."
+                "(per_device_train_batch_size, or what auto_find_batch_size made of it), so no group would be filled; "
+                f"lower it to at most {batch_size}, or use dres_placement='token'."
             )
 
     @contextmanager

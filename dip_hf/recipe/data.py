@@ -8,7 +8,7 @@ from typing import Any, Literal
 from datasets import Dataset, IterableDataset, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetsError
 
-from dip_hf.recipe.arguments import DataArguments
+from dip_hf.recipe.arguments import AdapterArguments, DataArguments
 from dip_hf.recipe.gsm8k import to_prompt_completion
 from dip_hf.trainer import DIPSFTConfig
 
@@ -18,15 +18,17 @@ _TRL_COLUMNS = ({"prompt", "completion"}, {"messages"}, {"conversations"}, {"inp
 _FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-def check_run(data: DataArguments, training: DIPSFTConfig) -> None:
+def check_run(data: DataArguments, training: DIPSFTConfig, adapter: AdapterArguments) -> None:
     """Refuse, before anything loads, what the trainer would stop at once the weights are there.
 
     Args:
         data: where the examples come from.
         training: the trainer's config.
+        adapter: the adapter.
 
     Raises:
-        ValueError: a step or a batch without rows, or a stream (of unknown length) without a number of steps.
+        ValueError: a step or a batch without rows, a stream (of unknown length) without a number of steps, or
+            MonteCLoRA where its samples or its loss would go wrong.
     """
     for name, value in (
         ("per_device_train_batch_size", training.per_device_train_batch_size),
@@ -40,6 +42,19 @@ def check_run(data: DataArguments, training: DIPSFTConfig) -> None:
             f"max_steps={training.max_steps} with dataset_streaming=True: a stream's length is not known; set "
             "max_steps, or dataset_streaming to False"
         )
+    if adapter.adapter == "monteclora":
+        if training.activation_checkpointing:
+            raise ValueError(
+                "activation_checkpointing=True with adapter='monteclora': a layer that is recomputed draws another "
+                "sample, which gives a wrong gradient; set activation_checkpointing (or its old name, "
+                "gradient_checkpointing) to False"
+            )
+        if training.gradient_accumulation_steps > 1:
+            raise ValueError(
+                f"gradient_accumulation_steps={training.gradient_accumulation_steps} with adapter='monteclora': PEFT "
+                "adds its loss whole to every micro-batch, so that it would count as many times; set it to 1, and "
+                "per_device_train_batch_size higher"
+            )
 
 
 def load_datasets(

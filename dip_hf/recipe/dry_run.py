@@ -51,7 +51,7 @@ def describe_run(
         ValueError: the same mistakes that stop a real run before its weights load, those in a dataset of the Hub
             excepted; or a model of unknown shape.
     """
-    check_run(data, training)
+    check_run(data, training, adapter)
     config, source = _model_config(adapter, architectures)
     model = build_on_meta(config, adapter.dtype)
     base_parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from itertools import accumulate
 from typing import Any
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import is_flash_attention_requested
@@ -18,6 +18,8 @@ from dip_hf.trainer.config import DIPSFTConfig
 from dip_hf.trainer.objective import own_parameters
 
 
+# bitsandbytes' classes, by name: it need not be installed
+_QUANTISED = ("Params4bit", "Int8Params")
 # Kinds of blocks that a padding-free batch can be folded in front of
 _ATTENTIONS = {"full_attention", "sliding_attention", "chunked_attention"}
 # What text configs call a change of the logits after the head
@@ -30,77 +32,10 @@ _LOGIT_CHANGES = (
 )
 
 
-def check_dataset(name: str, dataset: object, assistant_only: bool, completion_only: bool | None) -> None:
-    """
-    Args:
-        name: the trainer's argument that holds it.
-        dataset: map-style datasets are checked; of an iterable one only that it has a row, since it cannot be read
-            without being consumed.
-        assistant_only: whether the assistant's messages alone are trained.
-        completion_only: whether completions alone are trained; None: where there are some.
-
-    Raises:
-        ValueError: the dataset is empty, or a pre-tokenised row or a conversation trains no token.
-    """
-    if isinstance(dataset, IterableDataset) and next(iter(dataset), None) is None:
-        raise ValueError(f"{name} is empty; give at least one example.")
-    if not isinstance(dataset, Dataset):
-        return
-    if len(dataset) == 0:
-        raise ValueError(f"{name} is empty; give at least one example.")
-    columns = {"labels": -100, "completion_mask": 0, "assistant_masks": 0}
-    if completion_only is False:
-        del columns["completion_mask"]
-    for column, ignored in columns.items():
-        if column in dataset.column_names:
-            if not isinstance(dataset.with_format(None)[0][column], list):
-                raise ValueError(
-                    f"{name}: the column {column!r} must hold a list with an entry for each token, got "
-                    f"{dataset.with_format(None)[0][column]!r} in row 0; rename or remove it."
-                )
-            for index, row in enumerate(dataset.with_format(None)[column]):
-                if all(value == ignored for value in row[1:]):  # nothing predicts the first token
-                    raise ValueError(
-                        f"{name} row {index}: every entry of {column!r} is {ignored} (the first does not count, for "
-                        "nothing predicts it), so the row trains nothing; drop it or label at least one token."
-                    )
-    if assistant_only and "messages" in dataset.column_names:
-        for index, messages in enumerate(dataset.with_format(None)["messages"]):
-            if all(message["role"] != "assistant" for message in messages):
-                raise ValueError(
-                    f"{name} row {index}: assistant_only_loss=True trains the assistant's messages, of which this "
-                    "conversation has none; drop it, or set assistant_only_loss to False."
-                )
-
-
-def check_nothing_dropped(trainer: SFTTrainer, train_dataset: object) -> None:
-    """
-    Raises:
-        ValueError: TRL cut every label off a row: it drops such rows, but for those that it has packed. (Packing
-            that splits rows loses nothing.) Or no row has a token to predict.
-    """
-    prepared = trainer.train_dataset
-    if not isinstance(train_dataset, Dataset) or not isinstance(prepared, Dataset):
-        return
-    rows = prepared.with_format(None)
-    if "input_ids" in rows.column_names and not any(len(ids) > 1 for ids in rows["input_ids"]):
-        raise ValueError("train_dataset: no row has two tokens, so there is none to predict; give longer rows.")
-    if not trainer.args.packing:
-        dropped = len(train_dataset) - len(prepared)
-    elif trainer.args.packing_strategy == "bfd" and {"labels", "seq_lengths"} <= set(prepared.column_names):
-        dropped = sum(
-            all(label == -100 for label in labels[end - length + 1 : end])
-            for labels, lengths in zip(rows["labels"], rows["seq_lengths"], strict=True)
-            for length, end in zip(lengths, accumulate(lengths), strict=True)
-            if length > 1  # a lone token, such as an empty text's, has nothing to predict; it is not cut
-        )
-    else:
-        return
-    if dropped > 0:
-        raise ValueError(
-            f"max_length={trainer.args.max_length} cuts every label off {dropped} of {len(train_dataset)} rows of "
-            "train_dataset; raise max_length or drop those rows."
-        )
+def _active_lora(model: nn.Module) -> list[LoraConfig]:
+    """The configurations of the active adapters that are LoRA, DIPNet's among them."""
+    configs = [model.peft_config[name] for name in model.active_adapters] if isinstance(model, PeftModel) else []
+    return [config for config in configs if isinstance(config, LoraConfig)]
 
 
 def check_trainable(model: nn.Module) -> None:
@@ -112,6 +47,24 @@ def check_trainable(model: nn.Module) -> None:
         raise ValueError(
             "the adapter leaves nothing to train (learn_noise=False without target_modules, or loaded for inference); "
             "name target_modules, learn the noise, or load with is_trainable=True."
+        )
+
+
+def check_recomputation(trainer: SFTTrainer) -> None:
+    """
+    Raises:
+        ValueError: blocks are recomputed in the backward pass whose adapter would then draw another sample.
+    """
+    if not any(config.monteclora_config is not None for config in _active_lora(trainer.model)):
+        return
+    recomputes = trainer.args.activation_checkpointing or trainer.model.get_base_model().is_activation_checkpointing
+    if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.activation_checkpointing:
+        recomputes = True
+    if recomputes:
+        raise ValueError(
+            "activation_checkpointing=True with monteclora_config: MonteCLoRA draws a new sample each time that a "
+            "layer runs, so that recomputed layers give a wrong gradient; set activation_checkpointing (or its old "
+            "name, gradient_checkpointing; of FSDP, fsdp_activation_checkpointing) to False."
         )
 
 
@@ -131,7 +84,8 @@ def check_parallelism(trainer: SFTTrainer) -> None:
 def check_noise_setup(trainer: SFTTrainer, args: DIPSFTConfig) -> None:
     """
     Raises:
-        ValueError: the set-up recomputes blocks without their noise, or cannot run folded trajectories.
+        ValueError: the set-up recomputes blocks without their noise, cannot shard the adapter's parameters, or cannot
+            run folded trajectories.
     """
     if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.activation_checkpointing:
         raise ValueError(
@@ -149,8 +103,16 @@ def check_noise_setup(trainer: SFTTrainer, args: DIPSFTConfig) -> None:
                 "fsdp_cpu_ram_efficient_loading=True takes all of a model's state for sharded parameters, which the "
                 "measured RMS of DIPNet's blocks is not; set it to False."
             )
+    if trainer.is_fsdp_enabled:
+        _check_quantised(trainer.model)
     if args.num_trajectories == 1:
         return
+    if any(config.alora_invocation_tokens is not None for config in _active_lora(trainer.model)):
+        raise ValueError(
+            f"num_trajectories={args.num_trajectories} does not work with alora_invocation_tokens: aLoRA knows where "
+            "a row's invocation is for the rows of the batch, not for their copies; leave alora_invocation_tokens "
+            "unset, or set num_trajectories to 1."
+        )
     kinds = set(trainer.model.config.get_text_config().to_dict().get("layer_types") or ()) - _ATTENTIONS
     if trainer.padding_free and kinds:
         raise ValueError(
@@ -179,6 +141,22 @@ def check_noise_setup(trainer: SFTTrainer, args: DIPSFTConfig) -> None:
         raise ValueError(
             f"stability_weight={args.stability_weight} needs the LM head whole, which DeepSpeed may partition; use "
             "DDP or FSDP2, or set stability_weight to 0."
+        )
+
+
+def _check_quantised(model: nn.Module) -> None:
+    """
+    Raises:
+        ValueError: with FSDP the trained parameters of a block must be of one type, but over a quantised base TRL
+            trains LoRA in bf16, and what DIPNet and IBVI add stays fp32.
+    """
+    quantised = any(type(parameter).__name__ in _QUANTISED for parameter in model.parameters())
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    own = trained & own_parameters(model).keys()
+    if quantised and own and trained != own:
+        raise ValueError(
+            f"FSDP with a quantised base: {min(own)} is trained in fp32 and LoRA in bf16, but FSDP takes parameters "
+            "of one type; use DDP, or leave load_in_4bit and load_in_8bit unset."
         )
 
 
@@ -240,8 +218,8 @@ def check_batch(model: PreTrainedModel, inputs: Mapping[str, Any], trajectories:
 def check_second_pass(trainer: SFTTrainer) -> None:
     """
     Raises:
-        ValueError: sharded parameters, which are whole only during the wrapper's own pass; padding without a mask; or
-            no prompts to perturb.
+        ValueError: sharded parameters, which are whole only during the wrapper's own pass; an adapter that a second
+            pass finds changed; padding without a mask; or no prompts to perturb.
     """
     zero_stage = trainer.args.deepspeed_plugin.zero_stage if trainer.is_deepspeed_enabled else 0
     if trainer.is_fsdp_enabled or zero_stage == 3:
@@ -249,6 +227,17 @@ def check_second_pass(trainer: SFTTrainer) -> None:
             "dres_weight and icp_weight do not work with FSDP or ZeRO-3, whose parameters are not whole in a second "
             "pass; use DDP or ZeRO-2, or set both weights to 0."
         )
+    for config in _active_lora(trainer.model):
+        if config.monteclora_config is not None:
+            raise ValueError(
+                "dres_weight and icp_weight do not work with monteclora_config: MonteCLoRA draws a new sample each "
+                "time that a layer runs, so that two passes differ by it; leave it unset, or set both weights to 0."
+            )
+        if config.alora_invocation_tokens is not None:
+            raise ValueError(
+                "dres_weight and icp_weight do not work with alora_invocation_tokens: PEFT says where a row's "
+                "invocation is in the model's own pass alone; leave it unset, or set both weights to 0."
+            )
     multiple = trainer.args.pad_to_multiple_of
     if trainer.args.dres_weight > 0 and trainer.padding_free and multiple is not None:
         raise ValueError(

@@ -7,6 +7,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from transformers import TrainingArguments
 from trl import SFTConfig
 
 from dip_hf.blocks import last_share, parse_blocks
@@ -250,3 +251,21 @@ class DIPSFTConfig(SFTConfig):
             "share": self.dres_share,
             "gradient": self.dres_gradient,
         }
+
+
+def own_config(args: TrainingArguments) -> DIPSFTConfig:
+    """The `DIPSFTConfig` with the fields of another config, such as TRL's `SFTConfig`, and the defaults for the rest.
+
+    Raises:
+        ValueError: `args` has fields that `DIPSFTConfig` lacks, which would be lost.
+    """
+    given = {field.name: getattr(args, field.name) for field in fields(args) if field.init}
+    unknown = [name for name in given if name not in DIPSFTConfig.__dataclass_fields__]
+    if unknown:
+        raise ValueError(
+            f"args={type(args).__name__} has the fields {', '.join(unknown)}, which DIPSFTConfig lacks; give a "
+            "DIPSFTConfig, or a class of your own that is derived from it."
+        )
+    # What `to_dict` hides or loses: whatever is called a token, the tokenizer's own too, and what has no JSON
+    kept = {name: value for name, value in given.items() if name.endswith("_token") or name == "parallelism_config"}
+    return DIPSFTConfig(**{**args.to_dict(), **kept})

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dip_hf.trainer.terms import NEW_RUN
+
+
+def total_norm(gradients: Iterable[Tensor]) -> Tensor:
+    """The norm of all gradients together, a plain scalar.
+
+    Args:
+        gradients: at least one; sharded ones (DTensors) and plain ones may be mixed, as under expert parallelism, and
+            the former lie on different meshes, of which torch takes one at a time.
+    """
+    by_mesh = defaultdict(list)
+    for gradient in gradients:
+        by_mesh[gradient.device_mesh if isinstance(gradient, DTensor) else None].append(gradient)
+    norms = [nn.utils.get_total_norm(group) for group in by_mesh.values()]
+    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    return whole[0] if len(whole) == 1 else nn.utils.get_total_norm(whole)
 
 
 class FiniteGradients(TrainerCallback):
@@ -34,8 +51,7 @@ class FiniteGradients(TrainerCallback):
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         if args.fp16 or not gradients:
             return
-        norm = nn.utils.get_total_norm(gradients)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = total_norm(gradients)
         if not torch.isfinite(norm):
             raise FloatingPointError(
                 f"Step {state.global_step}: the norm of the gradient is {norm.item()}, though every term of the loss "

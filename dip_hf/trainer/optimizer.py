@@ -20,6 +20,10 @@ from dip_hf.trainer.hybrid import HybridOptimizer
 _ADAM_FIELDS = ("adam_beta1", "adam_beta2", "adam_epsilon")
 MOMENTUM = 0.9
 """Of SGD on the posterior (arXiv 2505.20235)."""
+# Of transformers', those that step a parameter as its gradient comes, whatever groups the optimiser has
+_OUTSIDE_OF_GROUPS = ("lomo", "adalomo")
+_LAYERWISE = "_layerwise"
+_OTHER_OPTIMISER = "take another optimiser, or use `DIPNetConfig(learn_noise=False)`"
 
 
 def trainable(model: nn.Module, kind: str) -> dict[str, nn.Parameter]:
@@ -94,7 +98,16 @@ def compose_optimizer(optimizer: Optimizer, model: nn.Module, args: DIPSFTConfig
 
     Returns:
         `optimizer`; or, with a trainable posterior, a `HybridOptimizer` of it and of SGD with momentum .9.
+
+    Raises:
+        ValueError: the log-variances are in none of its groups.
     """
+    known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if any(id(parameter) not in known for parameter in trainable(model, LOG_VARIANCE).values()):
+        raise ValueError(
+            f"noise_learning_rate={args.noise_learning_rate} has no effect: {type(optimizer).__name__} has the "
+            f"log-variances in none of its groups; {_OTHER_OPTIMISER}."
+        )
     noise = noise_group(optimizer.param_groups, model, args)
     posterior = posterior_groups(optimizer.param_groups, model, args)
     if noise is not None:
@@ -139,7 +152,8 @@ def check_posterior(model: nn.Module, args: DIPSFTConfig) -> None:
 
 
 def check_own_optimizer(model: nn.Module, args: DIPSFTConfig, optimizer: Any, class_and_arguments: Any) -> None:
-    """What a trainer is given in place of the optimiser that Trainer would make.
+    """What trains the model in place of the optimiser that `compose_optimizer` would make; warns where the noise has
+    no learning rate of its own under it.
 
     Args:
         model: with its adapter.
@@ -148,21 +162,41 @@ def check_own_optimizer(model: nn.Module, args: DIPSFTConfig, optimizer: Any, cl
         class_and_arguments: its `optimizer_cls_and_kwargs`, or None.
 
     Raises:
-        ValueError: there is a posterior, whose covariance needs groups and SGD of its own.
+        ValueError: there is a posterior, whose covariance needs groups and SGD of its own; or learnable noise under
+            an optimiser that heeds no groups.
     """
+    deepspeed = "the optimizer section of DeepSpeed's configuration"
     named = {"optimizers": optimizer, "optimizer_cls_and_kwargs": class_and_arguments}
     given = [name for name, value in named.items() if value is not None]
+    # Read where transformers reads it: `accelerate launch` can give it too
+    if args.deepspeed_plugin is not None and "optimizer" in args.deepspeed_plugin.hf_ds_config.config:
+        given.append(deepspeed)
     if given and trainable(model, COVARIANCE):
         raise ValueError(
             f"{given[0]} with variational_rank > 0: variational_optimizer={args.variational_optimizer!r} brings its "
             f"own optimiser, whose steps make the posterior what it is; leave {given[0]} unset."
         )
-    if optimizer is not None and trainable(model, LOG_VARIANCE):
+    if not trainable(model, LOG_VARIANCE):
+        return
+    if deepspeed in given:
+        warnings.warn(
+            f"noise_learning_rate={args.noise_learning_rate} has no effect: {deepspeed} trains the log-variances like "
+            "all else, with its weight decay; remove that section.",
+            stacklevel=3,
+        )
+    elif optimizer is not None:
         warnings.warn(
             f"noise_learning_rate={args.noise_learning_rate} has no effect: the log-variances are trained by the "
             "optimiser in `optimizers`, as it says; give them a group without weight decay there.",
             stacklevel=3,
         )
+    elif class_and_arguments is None:
+        optim = str(args.optim.value)
+        if optim in _OUTSIDE_OF_GROUPS or optim.endswith(_LAYERWISE):
+            raise ValueError(
+                f"optim={optim!r} steps each parameter by itself, so that noise_learning_rate="
+                f"{args.noise_learning_rate} has no effect; {_OTHER_OPTIMISER}."
+            )
 
 
 def optimizer_groups(model: nn.Module, args: DIPSFTConfig) -> list[dict[str, Any]]:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from contextlib import ExitStack
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
-from statistics import fmean
 from typing import Any
 
 import torch
 from peft import PeftModel, TaskType
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
@@ -24,17 +23,18 @@ from dip_hf.icp.functional import compared_tokens
 from dip_hf.noise import NoiseKey
 from dip_hf.trainer.checks import (
     check_batch,
-    check_dataset,
     check_no_adapter,
     check_noise_setup,
-    check_nothing_dropped,
     check_one_loss_pass,
     check_parallelism,
+    check_recomputation,
     check_second_pass,
     check_trainable,
 )
-from dip_hf.trainer.config import DIPSFTConfig
+from dip_hf.trainer.config import DIPSFTConfig, own_config
+from dip_hf.trainer.data_checks import check_dataset, check_nothing_dropped
 from dip_hf.trainer.gradients import FiniteGradients
+from dip_hf.trainer.idle import warn_of_idle_terms
 from dip_hf.trainer.objective import DIPNetObjective, DIPNetPass, fold_labels, own_parameters
 from dip_hf.trainer.optimizer import check_own_optimizer, check_posterior, compose_optimizer
 from dip_hf.trainer.publishing import PublishingTrainer
@@ -59,8 +59,8 @@ class DIPSFTTrainer(PublishingTrainer):
         **kwargs: as for `SFTTrainer`.
 
     Raises:
-        ValueError: before training starts, on a dataset, adapter or set-up that cannot work; names the field, its
-            value and the remedy.
+        ValueError: before training starts, on arguments, a dataset, an adapter or a set-up that cannot work; names
+            the field, its value and the remedy.
         FloatingPointError: in training, on a term or a gradient that is not finite.
     """
 
@@ -72,9 +72,7 @@ class DIPSFTTrainer(PublishingTrainer):
         if args is None:
             args = DIPSFTConfig(output_dir="dip-sft")
         elif not isinstance(args, DIPSFTConfig):
-            # to_dict hides whatever is called a token, the tokenizer's own too
-            tokens = {field.name: getattr(args, field.name) for field in fields(args) if field.name.endswith("_token")}
-            args = DIPSFTConfig(**{**args.to_dict(), **tokens})
+            args = own_config(args)
         only = (args.assistant_only_loss, args.completion_only_loss)
         check_dataset("train_dataset", train_dataset, *only)
         eval_dataset = kwargs.get("eval_dataset")
@@ -89,6 +87,7 @@ class DIPSFTTrainer(PublishingTrainer):
         given = {name: parameter.detach().clone() for name, parameter in known.items()}
         super().__init__(model, args=args, train_dataset=train_dataset, **kwargs)
         check_nothing_dropped(self, train_dataset)
+        check_recomputation(self)
         self.add_callback(FiniteGradients)
         # Global step and index of its last micro-batch; evaluation counts apart, so that training does not notice it
         self._micro_steps = {True: (-1, -1), False: (-1, -1)}
@@ -188,6 +187,12 @@ class DIPSFTTrainer(PublishingTrainer):
             return batch_mean("icp/features", total / tokens.clamp(min=1), weight, steps)
         return token_mean("icp/features", total, weight, self._compared_tokens, self._counted_processes(), steps)
 
+    def get_train_dataloader(self) -> DataLoader:
+        """As Trainer's; `auto_find_batch_size` may have made its batches too small for a group of DReS."""
+        if self.dres is not None:
+            self.dres.check(self._train_batch_size // max(1, self.args.n_gpu), self.padding_free)
+        return super().get_train_dataloader()
+
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
@@ -256,15 +261,8 @@ class DIPSFTTrainer(PublishingTrainer):
             metrics[name].append(value)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As `SFTTrainer`'s; warns where DReS has switched off what it was to smooth."""
-        errors = self._metrics["train"].get("dres/error")
-        if self.dres is not None and errors and 0 < fmean(errors) < self.dres.floor / 10:
-            other = "" if self.args.dres_gradient == "scale_free" else ", or set dres_gradient='scale_free'"
-            warnings.warn(
-                f"dres/error is less than a tenth of {self.dres.floor:.4f}, the error of a linear map: what "
-                f"DReS codes has become as good as constant, which is not smoothing; lower dres_weight{other}.",
-                stacklevel=2,
-            )
+        """As `SFTTrainer`'s; warns of a term that is on and trains nothing, or not what it was to."""
+        warn_of_idle_terms(self._metrics["train"], self.args, self.dres)
         super().log(logs, *args, **kwargs)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:

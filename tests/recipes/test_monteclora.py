@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from dip_hf.recipe.arguments import make_parser
-from tests.recipes.support import load_sft, save_small_model
+from dip_hf.recipe.dry_run import describe_run
+from tests.recipes.support import ARCHITECTURES, load_sft, save_small_model
 
 
 def test_it_trains_with_pefts_loss_and_loads_again(tmp_path: Path) -> None:
@@ -22,6 +24,7 @@ def test_it_trains_with_pefts_loss_and_loads_again(tmp_path: Path) -> None:
             *("--model_name_or_path", base, "--dataset_name", str(rows), "--output_dir", str(tmp_path / "out")),
             *("--adapter", "monteclora", "--use_cpu", "--bf16", "false", "--max_steps", "2", "--report_to", "none"),
             *("--lora_target_modules", "all-linear", "--learning_rate", "0.01"),
+            *("--activation_checkpointing", "false"),
         ]
     )
     trainer = load_sft().make_trainer(*arguments)
@@ -35,3 +38,29 @@ def test_it_trains_with_pefts_loss_and_loads_again(tmp_path: Path) -> None:
     tokens = torch.arange(6).view(1, 6)
     with torch.no_grad():
         torch.testing.assert_close(loaded(tokens).logits, trainer.model.eval()(tokens).logits)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "activation_checkpointing=True with adapter='monteclora': .*another sample.*to False"),  # TRL's default
+        (["--gradient_checkpointing", "true"], "activation_checkpointing=True with adapter='monteclora'"),
+        (
+            ["--activation_checkpointing", "false", "--gradient_accumulation_steps", "4"],
+            "gradient_accumulation_steps=4 with adapter='monteclora': .*every micro-batch.*set it to 1",
+        ),
+    ],
+)
+def test_set_ups_in_which_it_would_go_wrong(options: list[str], message: str, tmp_path: Path) -> None:
+    """A dry run refuses them too. Other adapters train with them."""
+    base = str(save_small_model(tmp_path / "model"))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "How many?", "completion": " One."}) + "\n")
+    argv = ["--model_name_or_path", base, "--dataset_name", str(rows), "--use_cpu", "--bf16", "false", *options]
+    argv += ["--lora_target_modules", "all-linear", "--output_dir", str(tmp_path / "out")]
+    arguments = make_parser().parse_recipe([*argv, "--adapter", "monteclora"])
+    with pytest.raises(ValueError, match=message):
+        load_sft().make_trainer(*arguments)
+    with pytest.raises(ValueError, match=message):
+        next(describe_run(*arguments, architectures=ARCHITECTURES))
+    assert next(describe_run(*make_parser().parse_recipe([*argv, "--adapter", "lora"]), architectures=ARCHITECTURES))

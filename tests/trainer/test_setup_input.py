@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from dip_hf import DIPNetConfig
@@ -56,6 +57,27 @@ def test_fsdp_activation_checkpointing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"fsdp_cpu_ram_efficient_loading=True .*set it to False"):
         check_noise_setup(stand_in, trainer.args)
     stand_in.model = base_model()  # no noise, no buffers
+    check_noise_setup(stand_in, trainer.args)
+
+
+@pytest.mark.parametrize("kind", ["Params4bit", "Int8Params"])
+def test_fsdp_over_a_quantised_base(kind: str, tmp_path: Path) -> None:
+    """TRL trains LoRA in bf16 there. The class stands for bitsandbytes' of its name, the plugin for FSDP's."""
+    trainer = make_trainer(tmp_path, DIPNetConfig(**ADAPTER))
+    plugin = SimpleNamespace(activation_checkpointing=False, fsdp_version=2, cpu_ram_efficient_loading=False)
+    stand_in: Any = SimpleNamespace(
+        is_fsdp_enabled=True,
+        accelerator=SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)),
+        model=trainer.model,
+    )
+    check_noise_setup(stand_in, trainer.args)
+    quantised = type(kind, (nn.Parameter,), {})
+    stand_in.model.base_model.model.lm_head.weight = quantised(torch.zeros(48, 16), requires_grad=False)
+    message = r"FSDP with a quantised base: .*lora_dip_.* is trained in fp32 .*; use DDP, or leave load_in_4bit"
+    with pytest.raises(ValueError, match=message):
+        check_noise_setup(stand_in, trainer.args)
+    for name, parameter in stand_in.model.named_parameters():  # frozen noise is not reduced
+        parameter.requires_grad_("lora_A" in name)
     check_noise_setup(stand_in, trainer.args)
 
 

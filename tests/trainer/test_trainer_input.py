@@ -50,7 +50,6 @@ GOOD = {"input_ids": [3, 4, 5], "labels": [-100, 4, 5]}
         ([], "train_dataset is empty; give at least one example"),
         ([GOOD, {"input_ids": [3, 4], "labels": [-100, -100]}], "train_dataset row 1: .*'labels' is -100.*drop it"),
         ([{"input_ids": [3, 4], "labels": [3, -100]}], "train_dataset row 0: .*'labels'.*drop it"),  # no prediction
-        ([{"input_ids": [3, 4], "completion_mask": [0, 0]}], "train_dataset row 0: .*'completion_mask' is 0.*drop it"),
         ([{"input_ids": [3, 4], "assistant_masks": [0, 0]}], "train_dataset row 0: .*'assistant_masks' is 0.*drop it"),
     ],
 )
@@ -78,9 +77,26 @@ def test_a_column_that_is_taken_for_labels(tmp_path: Path) -> None:
         make_trainer(tmp_path, None, data=rows)
 
 
-def test_a_mask_that_is_not_used(tmp_path: Path) -> None:
-    rows = Dataset.from_list([{"input_ids": [3, 4, 5], "completion_mask": [0, 0, 0]}])
-    make_trainer(tmp_path, None, {"completion_only_loss": False}, data=rows)
+@pytest.mark.parametrize("completion_only", [None, False, True])
+def test_a_mask_of_completions(completion_only: bool | None, tmp_path: Path) -> None:
+    """TRL uses it where it is told to, and of itself only beside the text of prompts and completions."""
+    row = {"input_ids": [3, 4, 5], "completion_mask": [0, 0, 0]}
+    text = {"prompt": "a", "completion": "bc"}
+    for rows, used in ((row, completion_only is True), ({**row, **text}, completion_only is not False)):
+        options, data = {"completion_only_loss": completion_only}, Dataset.from_list([rows])
+        if used:
+            with pytest.raises(ValueError, match=r"train_dataset row 0: .*'completion_mask' is 0.*drop it"):
+                make_trainer(tmp_path, None, options, data=data)
+        else:
+            trainer = make_trainer(tmp_path, None, options, data=data)
+            assert trainer.train_dataset[0]["labels"] == row["input_ids"]
+
+
+def test_masks_beside_labels(tmp_path: Path) -> None:
+    """TRL takes the labels as they are."""
+    rows = Dataset.from_list([{**GOOD, "completion_mask": [0, 0, 0], "assistant_masks": [0, 0, 0]}])
+    trainer = make_trainer(tmp_path, None, {"completion_only_loss": True}, data=rows)
+    assert trainer.train_dataset[0]["labels"] == GOOD["labels"]
 
 
 def test_nothing_to_train(tmp_path: Path) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.parallelism_config import ParallelismConfig
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig
 
 from dip_hf import DIPNetConfig, DIPSFTConfig, DIPSFTTrainer
+from dip_hf.trainer.config import own_config
 from tests.trainer.methods import ICP
 from tests.trainer.tiny import ADAPTER, assert_close, base_model, gradients, losses, make_trainer, tokenised, tokenizer
 
@@ -202,6 +205,26 @@ def test_arguments_of_other_classes(tmp_path: Path) -> None:
     trainer = DIPSFTTrainer(base_model(), args=args, train_dataset=tokenised(), processing_class=tokenizer())
     assert isinstance(trainer.args, DIPSFTConfig) and trainer.args.learning_rate == 3e-3
     assert trainer.args.num_trajectories == 1
+
+
+def test_what_has_no_json_is_kept(tmp_path: Path) -> None:
+    parallelism = ParallelismConfig(dp_replicate_size=1)
+    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, parallelism_config=parallelism, hub_token="hf_x")
+    own = own_config(args)
+    assert own.parallelism_config is parallelism and own.hub_token == "hf_x"
+
+
+@dataclass
+class Extended(SFTConfig):
+    """With a field of a user's own."""
+
+    curriculum: str = "none"
+
+
+def test_arguments_with_fields_of_their_own(tmp_path: Path) -> None:
+    args = Extended(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(ValueError, match=r"args=Extended has the fields curriculum, which DIPSFTConfig lacks; give a"):
+        DIPSFTTrainer(base_model(), args=args, train_dataset=tokenised(), processing_class=tokenizer())
 
 
 def test_model_that_already_has_the_adapter(tmp_path: Path) -> None:

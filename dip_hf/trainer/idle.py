@@ -1,0 +1,40 @@
+"""Regularisers that are on and do nothing, which only shows while training runs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+
+from dip_hf.dres import DReSBranch
+from dip_hf.trainer.config import DIPSFTConfig
+
+
+def warn_of_idle_terms(metrics: Mapping[str, Sequence[float]], args: DIPSFTConfig, dres: DReSBranch | None) -> None:
+    """Warn of terms that do not train what they were to.
+
+    Args:
+        metrics: each term's values since the last log line.
+        args: of the trainer.
+        dres: its branch, or None.
+    """
+    errors, features = metrics.get("dres/error"), metrics.get("icp/features")
+    if dres is not None and errors and not any(errors):
+        warnings.warn(
+            f"dres/error is exactly 0: no batch since the last log filled a group of dres_group_size="
+            f"{dres.group_size}; lower it, or give larger batches.",
+            stacklevel=3,
+        )
+    elif dres is not None and errors and fmean(errors) < dres.floor / 10:
+        other = "" if args.dres_gradient == "scale_free" else ", or set dres_gradient='scale_free'"
+        warnings.warn(
+            f"dres/error is less than a tenth of {dres.floor:.4f}, the error of a linear map: what "
+            f"DReS codes has become as good as constant, which is not smoothing; lower dres_weight{other}.",
+            stacklevel=3,
+        )
+    if args.icp_positions == "prompt" and features and not any(features):
+        warnings.warn(
+            "icp/features is exactly 0: icp_positions='prompt' perturbs tokens without a label, of which no batch "
+            "since the last log had one; give prompts and completions, or set icp_positions to 'all'.",
+            stacklevel=3,
+        )

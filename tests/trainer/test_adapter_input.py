@@ -1,0 +1,72 @@
+"""Variants of LoRA that draw or are told something in a model's own pass alone, with what runs blocks again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from peft import LoraConfig, MontecloraConfig, get_peft_model
+
+from dip_hf import DIPNetConfig
+from dip_hf.trainer.checks import check_recomputation
+from tests.trainer.methods import DRES, ICP
+from tests.trainer.tiny import base_model, make_trainer
+
+
+LORA = {"task_type": "CAUSAL_LM", "r": 2, "target_modules": ["q_proj"]}
+MONTECLORA = {**LORA, "monteclora_config": MontecloraConfig(buffer_size=2)}
+ALORA = {**LORA, "alora_invocation_tokens": [5, 6]}
+
+
+@pytest.mark.parametrize("kind", [LoraConfig, DIPNetConfig])
+def test_samples_and_recomputation(kind: type[LoraConfig], tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"activation_checkpointing=True with monteclora_config: .*gradient_chec.*False"
+    ):
+        make_trainer(tmp_path, kind(**MONTECLORA), {"activation_checkpointing": True})
+    make_trainer(tmp_path, kind(**LORA), {"activation_checkpointing": True})
+    make_trainer(tmp_path, kind(**MONTECLORA)).train()
+
+
+def test_recomputation_that_is_not_the_arguments_own(tmp_path: Path) -> None:
+    """Turned on in the model, or by FSDP (a stand-in, which needs an accelerator)."""
+    model = base_model()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="with monteclora_config"):
+        make_trainer(tmp_path, LoraConfig(**MONTECLORA), model=model)
+    plugin = SimpleNamespace(activation_checkpointing=True)
+    trainer: Any = SimpleNamespace(
+        args=SimpleNamespace(activation_checkpointing=False),
+        is_fsdp_enabled=True,
+        accelerator=SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)),
+        model=get_peft_model(base_model(), LoraConfig(**MONTECLORA)),
+    )
+    with pytest.raises(ValueError, match="with monteclora_config"):
+        check_recomputation(trainer)
+    plugin.activation_checkpointing = False
+    check_recomputation(trainer)
+
+
+def test_samples_of_an_adapter_that_is_off(tmp_path: Path) -> None:
+    model = get_peft_model(base_model(), LoraConfig(**LORA))
+    model.add_adapter("other", LoraConfig(**MONTECLORA))
+    make_trainer(tmp_path, None, ICP, model)
+
+
+@pytest.mark.parametrize("options", [DRES, ICP], ids=["dres", "icp"])
+@pytest.mark.parametrize("lora", [MONTECLORA, ALORA], ids=["monteclora_config", "alora_invocation_tokens"])
+def test_second_passes(lora: dict[str, Any], options: dict[str, Any], tmp_path: Path) -> None:
+    name = next(name for name in lora if name not in LORA)
+    message = f"dres_weight and icp_weight do not work with {name}: .*or set both weights to 0"
+    for kind in (LoraConfig, DIPNetConfig):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(tmp_path, kind(**lora), options)
+
+
+def test_copies_of_rows_whose_invocation_is_known(tmp_path: Path) -> None:
+    message = r"num_trajectories=2 does not work with alora_invocation_tokens: .*or set num_trajectories to 1"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, DIPNetConfig(**ALORA), {"num_trajectories": 2})
+    make_trainer(tmp_path, DIPNetConfig(**ALORA)).train()
