@@ -80,8 +80,8 @@ benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks/overhead.py --preset cpu --json runs/overhead.json
 	$(BIN)/python benchmarks/prediction.py --preset cpu --json runs/prediction.json
 
-# About nine hours on two cores from nothing, of which docs/results spares a fresh clone what is finished; goes on after
-# an interruption. For some arms alone: studies/README.md.
+# About nine hours on two cores from nothing; what docs/results has is not made again, and it goes on after an
+# interruption. For some arms alone: studies/README.md.
 STUDY ?= studies/two_cores.yaml
 study: $(INSTALLED)
 	$(BIN)/python -m studies.run $(STUDY) --workers 2

@@ -25,7 +25,7 @@ from transformers import AutoConfig, LlamaConfig, PretrainedConfig, Qwen3Config
 
 
 BASE = Path(__file__).parents[1] / "recipes" / "base_model"
-"""What the quickstart trains: Llama 192x4 with a vocabulary of 312."""
+"""What the quickstart trains: Llama 192x4 with a vocabulary of 307."""
 
 TRIM = 0.2
 """Share of the ratios left out at each end."""

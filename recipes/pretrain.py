@@ -11,6 +11,7 @@ Every field of the configuration but `weights` can be overridden on the command 
 from __future__ import annotations
 
 import json
+import string
 import sys
 from dataclasses import dataclass, field
 from itertools import islice
@@ -29,6 +30,10 @@ from dip_hf.reasoning import ANSWER_CUE, INSTRUCTIONS, PRETRAINING, iterate_rows
 from dip_hf.recipe.resume import resumed_checkpoint
 
 
+COPYING = "copying"
+"""Name of the one kind of example that is not from reasoning-gym, see `copying_pairs`."""
+
+
 @dataclass
 class PretrainingArguments:
     """What TRL's `SFTConfig` does not say: the model's size, the data's mixture, the optimiser."""
@@ -42,7 +47,8 @@ class PretrainingArguments:
         default=30_000, metadata={"help": "Examples drawn per family, repeats of small families included."}
     )
     weights: dict[str, float] = field(
-        default_factory=dict, metadata={"help": "Family name to sampling weight; a family not named has weight 1."}
+        default_factory=dict,
+        metadata={"help": "Family name, or 'copying', to sampling weight; what is not named has weight 1."},
     )
     muon: bool = field(default=True, metadata={"help": "Muon for the blocks' matrices; without it AdamW for all."})
     accuracy_examples: int = field(default=200, metadata={"help": "Test questions per pretraining family at the end."})
@@ -78,8 +84,25 @@ def build_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
     )
 
 
+def copying_pairs(size: int, seed: int) -> list[tuple[str, str]]:
+    """Prompts and completions that repeat random characters and instructions.
+
+    Tokens that pretraining never shows end up as copies of each other, in the embeddings and so in the tied head. An
+    adapter on the linear layers cannot tell them apart again: it could not learn to answer with a decimal point, nor
+    which of two instructions it reads.
+    """
+    generator = np.random.default_rng((seed, size))
+    kinds = (list(string.ascii_letters), list(string.digits), list(string.punctuation), [" "], list(INSTRUCTIONS))
+    pairs = []
+    for length in generator.integers(3, 17, size=size):
+        chosen = generator.choice(len(kinds), size=length, p=(0.3, 0.25, 0.3, 0.1, 0.05))
+        text = "".join(generator.choice(kinds[kind]) for kind in chosen).strip() or "."
+        pairs.append((f"Copy: {text}{ANSWER_CUE}", f" {text}"))
+    return pairs
+
+
 def build_pool(args: PretrainingArguments, seed: int, folder: Path) -> tuple[Dataset, PreTrainedTokenizerFast]:
-    """Draw, tokenize and keep on disk the examples of all pretraining families, family after family."""
+    """Draw, tokenize and keep on disk the examples of all pretraining families, family after family, then copying."""
     if (folder / "tokenizer").is_dir():
         return load_from_disk(folder / "pool"), PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
     drawn: dict[str, list[tuple[str, str]]] = {}
@@ -90,6 +113,7 @@ def build_pool(args: PretrainingArguments, seed: int, folder: Path) -> tuple[Dat
         print(f"{family.name}: {len(drawn[family.name])} examples", flush=True)
     sample = [prompt + completion for pairs in drawn.values() for prompt, completion in pairs[:5000]]
     tokenizer = build_tokenizer(sample, args.vocab_size)
+    drawn[COPYING] = copying_pairs(args.examples_per_family, seed)
     parts = []
     for name, pairs in drawn.items():
         prompts = tokenizer([prompt for prompt, _ in pairs], return_attention_mask=False)["input_ids"]
@@ -116,7 +140,7 @@ def order_examples(pool: Dataset, weights: dict[str, float], steps: int, batch: 
     """Draw `steps` batches of the mixture; each is sorted by length, so that its micro-batches need little padding."""
     families = np.asarray(pool["family"])
     lengths = np.asarray(pool["length"])
-    names = [family.name for family in PRETRAINING]
+    names = [*(family.name for family in PRETRAINING), COPYING]
     members = [np.flatnonzero(families == name) for name in names]
     shares = np.asarray([weights.get(name, 1.0) for name in names])
     kinds = np.random.default_rng(seed).choice(len(names), size=steps * batch, p=shares / shares.sum())

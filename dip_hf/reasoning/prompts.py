@@ -1,8 +1,8 @@
 """Short prompts: reasoning-gym's boilerplate replaced by a few words, the data of each question kept as it is.
 
 A model of two million parameters spends its time on tokens, and the boilerplate is up to nine tenths of a question.
-Each instruction below is one token of the tokenizer that recipes/pretrain.py makes; the embedded base's spells the
-"Mirror" ones, which are younger than it. Other models read the same prompts as plain English.
+Each instruction below is one token of the tokenizer that recipes/pretrain.py makes. Other models read the same prompts
+as plain English.
 """
 
 from __future__ import annotations
@@ -67,8 +67,10 @@ INSTRUCTIONS: tuple[str, ...] = (
     "Sort numbers ascending: ",
     "Sort numbers descending: ",
     "Elapsed: ",
+    "Copy: ",
 )
-"""Every instruction a prompt can start with; recipes/pretrain.py gives the tokenizer one token for each."""
+"""Every instruction a prompt can start with, the last in pretraining alone; recipes/pretrain.py gives the tokenizer one
+token for each."""
 
 
 def write_prompt(family: str, question: str) -> str:

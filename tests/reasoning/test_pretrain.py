@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import string
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +22,7 @@ from trl import SFTConfig, SFTTrainer, TrlParser
 
 pytest.importorskip("reasoning_gym")
 
-from dip_hf.reasoning import ANSWER_CUE, FAMILIES, PRETRAINING, make_split, score_answer
+from dip_hf.reasoning import ANSWER_CUE, FAMILIES, INSTRUCTIONS, PRETRAINING, make_split, score_answer
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -51,8 +52,19 @@ def test_tokenizer_keeps_characters_apart_and_gives_back_the_text(recipe: Module
     assert len(tokenizer) <= 400
 
 
+def test_copying_shows_every_character_and_instruction(recipe: ModuleType) -> None:
+    pairs = recipe.copying_pairs(2000, seed=3)
+    assert pairs == recipe.copying_pairs(2000, seed=3) != recipe.copying_pairs(2000, seed=4)
+    for prompt, completion in pairs:
+        text = completion.removeprefix(" ")
+        assert prompt == f"Copy: {text}{ANSWER_CUE}" and text == text.strip() != ""
+    shown = "".join(completion for _, completion in pairs)
+    printable = string.ascii_letters + string.digits + string.punctuation
+    assert not [piece for piece in (*printable, *INSTRUCTIONS) if piece not in shown]
+
+
 def test_batches_are_sorted_weighted_and_stable_under_more_steps(recipe: ModuleType) -> None:
-    names = [family.name for family in PRETRAINING]
+    names = [*(family.name for family in PRETRAINING), recipe.COPYING]
     lengths = np.random.default_rng(0).integers(5, 40, size=60 * len(names))
     pool = Dataset.from_dict(
         {
@@ -119,7 +131,8 @@ def test_optimizer_goes_on_exactly_after_its_state_is_restored(recipe: ModuleTyp
 
 def test_config_parses_and_the_command_line_wins(recipe: ModuleType, tmp_path: Path) -> None:
     path = RECIPES / "configs" / "pretrain.yaml"
-    assert set(yaml.safe_load(path.read_text())["weights"]) <= {family.name for family in PRETRAINING}
+    names = {recipe.COPYING, *(family.name for family in PRETRAINING)}
+    assert set(yaml.safe_load(path.read_text())["weights"]) <= names
     parser = TrlParser([recipe.PretrainingArguments, SFTConfig])
     options = ["--config", str(path), "--max_steps", "7", "--output_dir", str(tmp_path)]
     arguments, training = parser.parse_args_and_config(options)
@@ -216,3 +229,14 @@ def test_base_model_loads_and_answers(recipe: ModuleType) -> None:
     answers = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     scores = [score_answer("spell_backward", answer, row) for answer, row in zip(answers, rows, strict=True)]
     assert scores.count(1.0) >= 14
+
+
+def test_the_base_tells_all_tokens_of_the_suite_apart() -> None:
+    """Tokens that pretraining never shows have the same embedding, which adapters on the linear layers cannot mend."""
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    embeddings = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).get_input_embeddings().weight
+    directions = nn.functional.normalize(embeddings.detach(), dim=-1)
+    cosines = (directions @ directions.T).fill_diagonal_(-1).amax(dim=-1)
+    rows = [row for name in FAMILIES for row in make_split(name, "test", 40)]
+    used = {token for row in rows for token in tokenizer(row["prompt"] + row["completion"])["input_ids"]}
+    assert {tokenizer.decode([token]): cosines[token].item() for token in used if cosines[token] > 0.9} == {}
