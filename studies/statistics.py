@@ -6,9 +6,9 @@ are samples. A resample draws seeds with replacement and, independently and with
 the same items for every seed (the two-way bootstrap of Owen, 2007, for crossed factors, called "pigeonhole"); an
 arm's score always comes with the reference's of the same seed and item. With one seed the interval covers items alone.
 
-A bootstrap over a handful of seeds finds too many differences where seeds are most of what varies, and most of all in the
-far tail that a correction over many arms reads. A p-value is therefore never below that of a paired t-test over seeds,
-which takes the number of seeds into account.
+A bootstrap over a handful of seeds finds too many differences where seeds are most of what varies, and most of all in
+the far tail that a correction over many arms reads. A p-value is therefore never below that of a paired t-test over
+seeds, which takes the number of seeds into account.
 """
 
 from __future__ import annotations

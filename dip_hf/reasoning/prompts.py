@@ -69,7 +69,7 @@ INSTRUCTIONS: tuple[str, ...] = (
     "Elapsed: ",
     "Copy: ",
 )
-"""Every instruction a prompt can start with, the last in pretraining alone; recipes/pretrain.py gives the tokenizer one
+"""Every instruction a prompt can start with, the last in pretraining alone; recipes/pretrain.py gives the tokenizer a
 token for each."""
 
 
