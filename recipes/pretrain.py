@@ -158,17 +158,28 @@ def order_examples(pool: Dataset, weights: dict[str, float], steps: int, batch: 
 
 
 @torch.no_grad()
-def measure_accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, name: str, size: int) -> float:
-    """Return the share of greedy answers that reasoning-gym scores 1.0 on `size` test questions of one family."""
-    rows = make_split(name, "test", size)
-    correct = 0
-    for start in range(0, size, 100):
-        part = rows.select(range(start, min(start + 100, size)))
-        inputs = tokenizer(list(part["prompt"]), return_tensors="pt", padding=True)
+def greedy_answers(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str]) -> list[str]:
+    """Return what `model` completes each prompt with, by greedy decoding of up to 64 tokens."""
+    answers: list[str] = []
+    for start in range(0, len(prompts), 100):
+        inputs = tokenizer(prompts[start : start + 100], return_tensors="pt", padding=True)
         output = model.generate(**inputs, max_new_tokens=64, do_sample=False)
-        answers = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        correct += sum(score_answer(name, answer, row) == 1.0 for answer, row in zip(answers, part, strict=True))
-    return correct / size
+        answers += tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return answers
+
+
+def measure_accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, name: str, size: int) -> float:
+    """Return the share of greedy answers that are right on `size` test questions of one family, or of copying.
+
+    reasoning-gym gives a family's right answers 1.0; a copy has to be exact. What is copied is drawn anew.
+    """
+    if name == COPYING:
+        prompts, texts = zip(*copying_pairs(size, seed=0), strict=True)
+        answers = greedy_answers(model, tokenizer, list(prompts))
+        return sum(answer == text for answer, text in zip(answers, texts, strict=True)) / size
+    rows = make_split(name, "test", size)
+    answers = greedy_answers(model, tokenizer, list(rows["prompt"]))
+    return sum(score_answer(name, answer, row) == 1.0 for answer, row in zip(answers, rows, strict=True)) / size
 
 
 def main(args: PretrainingArguments, training: SFTConfig) -> None:

@@ -167,9 +167,15 @@ def _rows(
         if arm is not reference and both:
             pair = [_estimate(results, one, size, both, measure, resamplers) for one in (arm, reference)]
             differences[arm.name] = resamplers[measure.task_set, tuple(both)].difference(*pair)
-    adjusted = dict(zip(differences, holm([one.p for one in differences.values()]), strict=True))
+    pending = [row.arm for row in rows if row.arm not in {reference.name, *differences}]
+    # A pending arm counts as one that shows nothing, so that its result cannot take back a verdict already given.
+    p_values = {name: one.p for name, one in differences.items()} | dict.fromkeys(pending, 1.0)
+    adjusted = dict(zip(p_values, holm(list(p_values.values())), strict=True))
     return [
-        Row(row.arm, row.seeds, row.mean, row.spread, differences.get(row.arm), adjusted.get(row.arm)) for row in rows
+        Row(row.arm, row.seeds, row.mean, row.spread, differences[row.arm], adjusted[row.arm])
+        if row.arm in differences
+        else row
+        for row in rows
     ]
 
 

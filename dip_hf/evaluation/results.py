@@ -101,7 +101,7 @@ class CheckpointScores:
         seconds: time spent on loading, fitting, generating and scoring.
         tasks: in the order in which they were loaded.
         temperature: fitted, where one was asked for; else None.
-        weights: for each folder that was loaded, its weight files' SHA-256; none for the base.
+        weights: for each folder that was loaded, its weight files' SHA-256; none for a base from the Hub.
     """
 
     checkpoint: Checkpoint

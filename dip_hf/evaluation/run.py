@@ -146,7 +146,8 @@ def _evaluate_one(settings: EvaluationSettings, checkpoint: Checkpoint, tasks: d
     temperature = None
     with _quiet():
         model = load_model(settings, checkpoint)
-        weights = tuple(weight_digests(folder) for folder in checkpoint.folders)
+        loaded = checkpoint.folders or ([settings.model] if Path(settings.model).is_dir() else [])
+        weights = tuple(weight_digests(folder) for folder in loaded)
         if checkpoint.temperature:
             home = _in_distribution(settings, tasks)
             held_out = load_tasks(home, settings.include_path, limit=1, validation_items=VALIDATION_ITEMS)["tasks"]

@@ -11,6 +11,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, EvalResultEntry
 
+from dip_hf.adapter_files import CONFIG_NAME
 from dip_hf.evaluation.checkpoints import weight_digests
 from dip_hf.evaluation.wording import Prediction, describe_items, describe_split
 from dip_hf.hub.record import scrub
@@ -167,7 +168,8 @@ def read_results(folder: Path, report: str | None = None, checkpoint: str | None
         None without a report.
 
     Raises:
-        ValueError: the report is missing or no report, or this run is not in it.
+        ValueError: the report is missing or no report, or this run is not in it, or is not the base that was asked
+            for.
         StaleReportError: the run was trained again since.
     """
     path = Path(report) if report is not None else folder / REPORT_NAME
@@ -193,6 +195,11 @@ def read_results(folder: Path, report: str | None = None, checkpoint: str | None
         raise ValueError(
             f"checkpoint={checkpoint!r}: {path} does not say which of its checkpoints {known} {folder} is; give its "
             "name as checkpoint, or evaluate this folder"
+        )
+    if folders[name] is None and (folder / CONFIG_NAME).is_file():
+        raise ValueError(
+            f"checkpoint={name!r}: to {path} that is the base alone, but {folder} holds an adapter; give the name of "
+            "a checkpoint with it, or evaluate this folder"
         )
     if weights[name] and weight_digests(folder) not in weights[name]:
         raise StaleReportError(

@@ -231,7 +231,8 @@ def check_second_pass(trainer: SFTTrainer) -> None:
         if config.monteclora_config is not None:
             raise ValueError(
                 "dres_weight and icp_weight do not work with monteclora_config: MonteCLoRA draws a new sample each "
-                "time that a layer runs, so that two passes differ by it; leave it unset, or set both weights to 0."
+                "time that a layer runs, so that a second pass may differ by it; leave it unset, or set both weights "
+                "to 0."
             )
         if config.alora_invocation_tokens is not None:
             raise ValueError(

@@ -44,6 +44,15 @@ def check_dataset(name: str, dataset: object, assistant_only: bool, completion_o
                         f"{name} row {index}: every entry of {column!r} is {ignored} (the first does not count, for "
                         "nothing predicts it), so the row trains nothing; drop it or label at least one token."
                     )
+    masks = [column for column in columns if column in dataset.column_names and column != "labels"]
+    if len(masks) > 1:  # TRL labels a token where all of them do
+        rows = zip(*(dataset.with_format(None)[column] for column in masks), strict=True)
+        for index, row in enumerate(rows):
+            if not any(all(bits) for bits in list(zip(*row, strict=False))[1:]):
+                raise ValueError(
+                    f"{name} row {index}: {' and '.join(masks)} have no token in common (the first does not count, "
+                    "for nothing predicts it), so the row trains nothing; drop it, or remove one of the columns."
+                )
     if assistant_only and "messages" in dataset.column_names:
         for index, messages in enumerate(dataset.with_format(None)["messages"]):
             if all(message["role"] != "assistant" for message in messages):

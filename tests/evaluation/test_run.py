@@ -52,8 +52,8 @@ def test_checkpoints_are_scored_on_the_same_items(
     results = evaluate(settings_for(base_folder, num_samples=2), checkpoints)
     assert [result.kind for result in results] == ["base", "LORA", "DIPNET"]
     assert [result.num_samples for result in results] == [0, 0, 2]
-    digests = [weight_digests(folder) for folder in (lora_folder, dipnet_folder)]
-    assert [result.weights for result in results] == [(), (digests[0],), (digests[1],)]
+    digests = [weight_digests(folder) for folder in (base_folder, lora_folder, dipnet_folder)]
+    assert [result.weights for result in results] == [(one,) for one in digests]
     for result in results:
         assert [task.task for task in result.tasks] == list(TASKS)
         assert [task.items for task in result.tasks] == [task.items for task in results[0].tasks]

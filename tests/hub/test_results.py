@@ -131,6 +131,16 @@ def test_a_report_on_earlier_weights_is_refused(run_folder: Path, tmp_path: Path
         staged(run_folder, tmp_path / "asked", report=str(report))
 
 
+def test_the_base_s_results_are_no_adapter_s(run_folder: Path, base_folder: Path) -> None:
+    report = save_report(run_folder, {"path": None, "weights": [weight_digests(base_folder)]})
+    with pytest.raises(ValueError, match=r"checkpoint='mine': .* is the base alone, but .* holds an adapter"):
+        read_results(run_folder, str(report), "mine")
+    assert found(base_folder, report, checkpoint="mine").checkpoint == "mine"
+    save_report(run_folder, {"path": None, "weights": [{"model.safetensors": "0"}]})
+    with pytest.raises(ValueError, match="with other weights"):
+        read_results(base_folder, str(report), "mine")
+
+
 @pytest.mark.parametrize(
     "entry", [{"num_samples": "ten"}, {"num_samples": 0, "temperature": "hot"}, {"num_samples": 0, "path": 3}], ids=str
 )

@@ -92,6 +92,16 @@ def test_a_mask_of_completions(completion_only: bool | None, tmp_path: Path) -> 
             assert trainer.train_dataset[0]["labels"] == row["input_ids"]
 
 
+def test_masks_without_a_token_in_common(tmp_path: Path) -> None:
+    row = {"input_ids": [3, 4, 5, 6], "completion_mask": [0, 0, 1, 1], "assistant_masks": [0, 1, 0, 0]}
+    good, options = {**row, "assistant_masks": [0, 1, 0, 1]}, {"completion_only_loss": True}
+    with pytest.raises(ValueError, match=r"row 1: assistant_masks and completion_mask have no token in common .*drop"):
+        make_trainer(tmp_path, None, options, data=Dataset.from_list([good, row]))
+    trainer = make_trainer(tmp_path, None, options, data=Dataset.from_list([good]))
+    assert trainer.train_dataset[0]["labels"] == [-100, -100, -100, 6]
+    make_trainer(tmp_path, None, {"completion_only_loss": False}, data=Dataset.from_list([row]))
+
+
 def test_masks_beside_labels(tmp_path: Path) -> None:
     """TRL takes the labels as they are."""
     rows = Dataset.from_list([{**GOOD, "completion_mask": [0, 0, 0], "assistant_masks": [0, 0, 0]}])
