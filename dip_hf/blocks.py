@@ -69,6 +69,22 @@ def last_share(choice: str | int | Sequence[int], field: str) -> int | None:
     return share
 
 
+def check_choice(choice: Any, field: str) -> None:
+    """
+    Args:
+        choice: as for `select_blocks`, not yet compared with a model.
+        field: the option's name, for the error message.
+
+    Raises:
+        ValueError: it chooses no blocks of any model.
+    """
+    kinds = int if isinstance(choice, list) else str | int
+    indices = choice if isinstance(choice, list) else [choice]
+    if any(isinstance(index, bool) or not isinstance(index, kinds) for index in indices):
+        raise ValueError(f"{field}={choice!r} must be 'all', a number, '25%', a list of indices or a pattern.")
+    last_share(choice, field)
+
+
 def select_blocks(names: Sequence[str], choice: str | int | Sequence[int], field: str) -> list[int]:
     """Indices of the chosen blocks, ascending.
 

@@ -22,6 +22,7 @@ from dip_hf.recipe.data import check_run, load_datasets
 from dip_hf.recipe.dry_run import describe_run
 from dip_hf.recipe.resume import resumed_checkpoint
 from dip_hf.trainer import DIPSFTConfig, DIPSFTTrainer
+from dip_hf.trainer.resume import check_resumed
 
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
@@ -84,6 +85,7 @@ def main(argv: list[str] | None = None) -> None:
         resume = resumed_checkpoint(training)
         if not data.dry_run:
             trainer = make_trainer(data, training, adapter)
+            check_resumed(trainer.model, resume, training.output_dir)
         elif training.process_index == 0:
             for line in describe_run(data, training, adapter, ARCHITECTURES):
                 print(line)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -118,8 +119,10 @@ class DiagnoseSettings:
 
     @property
     def folder(self) -> str:
-        """Where the results go."""
-        return self.output_dir or str(Path("diagnose") / Path(self.adapter).resolve().name)
+        """Where the results go: of a run's checkpoint not under its number alone, which other runs have too."""
+        adapter = Path(self.adapter).resolve()
+        run = f"{adapter.parent.name}-" if re.fullmatch(r"checkpoint-\d+", adapter.name) else ""
+        return self.output_dir or str(Path("diagnose") / (run + adapter.name))
 
 
 def load_checkpoint(adapter: str, base: str | None, device: str) -> tuple[Any, Any]:

@@ -22,7 +22,7 @@ from dip_hf.adapter_files import (
     fetch_weights,
     read_config,
 )
-from dip_hf.blocks import last_share
+from dip_hf.blocks import check_choice
 from dip_hf.dipnet.field_checks import check_declared, check_fields
 from dip_hf.peft_compat import DUMMY_TARGET_MODULES, DIPPeftType, requested_variants
 
@@ -49,8 +49,8 @@ class DIPNetConfig(LoraConfig):
             batch. Must be positive. It adds up over blocks: 0.2 was best on four with few examples
             (`studies/noise_sweep.yaml`), 0.1 is for more of either (this project's choice).
         learn_noise: train the log-variances; False keeps the noise at `noise_scale`.
-        noise_in_eval: add noise in evaluation too, and sample the posterior. By default prediction is noise-free (the
-            paper's default) and by the posterior's mean.
+        noise_in_eval: add noise in evaluation too, and sample the posterior; read when the adapter is made or loaded.
+            By default prediction is noise-free (the paper's default) and by the posterior's mean.
         noise_seed: seed of the posterior's initial covariance, and of the noise where no trainer provides one.
         variational_rank: R, rank of the posterior's covariance; 0 is off.
         variational_scale: c, initial standard deviation of a weight as a multiple of 1/√n, n the layer's input size
@@ -59,8 +59,8 @@ class DIPNetConfig(LoraConfig):
         variational_blocks: in which decoder blocks the targeted linear layers are variational, chosen as in
             `noise_blocks`. Predictions share the computation below the first. The last quarter is this project's
             choice, from the same sweep; the paper has no adapters.
-        block_names: module names of all decoder blocks, in order. Found by itself in transformers models, and
-            recorded on injection.
+        block_names: module names of all decoder blocks, in order; unset, they are found in transformers models.
+        found_block_names: what was found where `block_names` is unset, filled in on injection.
         dip_format: version of the adapter's files, filled in.
         dip_hf_version: version of this package that wrote the adapter, filled in.
 
@@ -92,6 +92,9 @@ class DIPNetConfig(LoraConfig):
     block_names: list[str] | None = field(
         default=None, metadata={"help": "Module names of all decoder blocks; found by itself where possible."}
     )
+    found_block_names: list[str] | None = field(
+        default=None, metadata={"help": "The blocks that were found, filled in on injection."}
+    )
     dip_format: int = field(default=1, metadata={"help": "Version of the adapter's files."})
     dip_hf_version: str = field(default=version("dip_hf"), metadata={"help": "What wrote the adapter."})
 
@@ -104,7 +107,6 @@ class DIPNetConfig(LoraConfig):
         self.peft_type = DIPPeftType.DIPNET
         self.auto_mapping = None  # PEFT would import the module that it names
         self._weight_shapes: Shapes | None = None  # of the weight file that this configuration came with
-        self._found_blocks: list[str] | None = None  # what `block_names` was filled with on injection
         if self.dip_format not in range(1, ADAPTER_FORMAT + 1):
             raise ValueError(
                 f"dip_format={self.dip_format!r}: this version of dip_hf reads formats 1 to {ADAPTER_FORMAT}; "
@@ -124,11 +126,7 @@ class DIPNetConfig(LoraConfig):
             if isinstance(blocks, tuple | range):
                 blocks = list(blocks)  # JSON knows no tuples
                 setattr(self, name, blocks)
-            kinds = int if isinstance(blocks, list) else str | int
-            indices = blocks if isinstance(blocks, list) else [blocks]
-            if any(isinstance(index, bool) or not isinstance(index, kinds) for index in indices):
-                raise ValueError(f"{name}={blocks!r} must be 'all', a number, '25%', a list of indices or a pattern.")
-            last_share(blocks, name)  # refuses a percentage that is none
+            check_choice(blocks, name)
         if self.layer_replication:
             raise ValueError(
                 f"layer_replication={self.layer_replication} shares one block's noise between several depths, which "
@@ -136,6 +134,8 @@ class DIPNetConfig(LoraConfig):
             )
         if isinstance(self.target_modules, set) and not self.target_modules and not self.target_parameters:
             self.target_modules = DUMMY_TARGET_MODULES
+        if not isinstance(self.noise_seed, int):
+            raise ValueError(f"noise_seed={self.noise_seed!r} must be a whole number.")
         self._check_posterior()
 
     def _check_posterior(self) -> None:
@@ -169,6 +169,11 @@ class DIPNetConfig(LoraConfig):
                 f"target_modules=[] with variational_rank={rank}: without LoRA nothing can be variational; name "
                 "target modules, or set variational_rank to 0."
             )
+
+    @property
+    def all_block_names(self) -> list[str] | None:
+        """Module names of all decoder blocks, given or found; None before they are found."""
+        return self.found_block_names if self.block_names is None else self.block_names
 
     @property
     def projected(self) -> bool:

@@ -42,6 +42,9 @@ class LogVariance(nn.Module):
         self.size, self.scale = size, scale
         self.weight = nn.Parameter(self.initial())
         self.register_buffer("rms", torch.zeros(1))
+        # Not read off `rms`, for which a pass on a GPU would have to wait
+        self.calibrated = False
+        self.register_load_state_dict_post_hook(_measure_again)
 
     def initial(self) -> Tensor:
         """The initial weight, shape (d,), fp32."""
@@ -51,6 +54,11 @@ class LogVariance(nn.Module):
         """The relative log-variance, shape (d,), fp32, and the standard deviation rms · exp(weight / 2)."""
         weight = self.weight.float().clone()  # outlives the pass, where FSDP frees the gathered parameter
         return weight, self.rms.float() * (weight / 2).exp()
+
+
+def _measure_again(leaf: LogVariance, incompatible_keys: Any) -> None:
+    """Loaded weights may be those from before the first batch, with an RMS of 0."""
+    leaf.calibrated = False
 
 
 class NoiseSite(nn.Module, BaseTunerLayer):
@@ -76,7 +84,6 @@ class NoiseSite(nn.Module, BaseTunerLayer):
         self.lora_dip_log_variance = nn.ModuleDict()
         self.noise_in_eval: dict[str, bool] = {}
         self.seeds: dict[str, int] = {}
-        self.calibrated: set[str] = set()
         self.merged_adapters: list[str] = []
 
     @property
@@ -125,7 +132,6 @@ class NoiseSite(nn.Module, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        self.calibrated.discard(adapter_name)
         for values in (self.noise_in_eval, self.seeds):
             values.pop(adapter_name, None)
 
@@ -150,8 +156,8 @@ class NoiseSite(nn.Module, BaseTunerLayer):
         if not self.state.sampling:
             self.state.enter_layer(self.layer, self.seeds[name])
         leaf = self.leaf(name)
-        if name not in self.calibrated:
-            self._calibrate(name, leaf, hidden_states)
+        if not leaf.calibrated:
+            self._calibrate(leaf, hidden_states)
         log_variance, std = leaf()
         if self.state.sampling:
             self.state.log_variances[self.layer] = (log_variance, leaf.rms)
@@ -160,7 +166,7 @@ class NoiseSite(nn.Module, BaseTunerLayer):
         return add_noise(hidden_states, std, self.state.key, self.layer, self.state.trajectories)
 
     @torch.compiler.disable
-    def _calibrate(self, name: str, leaf: LogVariance, hidden_states: Tensor) -> None:
+    def _calibrate(self, leaf: LogVariance, hidden_states: Tensor) -> None:
         """Measure the RMS of the block's input, once; a loaded adapter brings its own. Averaged over ranks."""
         if not leaf.rms.item() > 0:
             mask = self.state.attention_mask
@@ -177,7 +183,7 @@ class NoiseSite(nn.Module, BaseTunerLayer):
                     "batch, which is no scale for noise; leave this block out of noise_blocks."
                 )
             leaf.rms.copy_(mean_square.sqrt())
-        self.calibrated.add(name)
+        leaf.calibrated = True
 
     def pre_hook(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Forward pre-hook of the block; the hidden states are its first argument, or the one of that name."""

@@ -92,15 +92,15 @@ class DIPNetModel(SavedLoraModel):
     def _resolve_posterior(self, model: nn.Module, config: DIPNetConfig) -> list[int]:
         if config.variational_rank == 0:
             return []
-        assert config.block_names is not None  # resolved before
-        chosen = select_blocks(config.block_names, config.variational_blocks, "variational_blocks")
+        assert config.all_block_names is not None  # resolved before
+        chosen = select_blocks(config.all_block_names, config.variational_blocks, "variational_blocks")
         check_targets(model, config, chosen, lambda name: bool(self._check_target_module_exists(config, name)))
         return chosen
 
     def _resolve_blocks(self, model: nn.Module, config: DIPNetConfig) -> list[int]:
-        if config.block_names is None or config.block_names == config._found_blocks:  # those of another model, perhaps
-            config.block_names = config._found_blocks = find_decoder_blocks(model)
-        names = config.block_names
+        # Anew each time: what a configuration holds may have been found in another model
+        config.found_block_names = find_decoder_blocks(model) if config.block_names is None else None
+        names = config.all_block_names or []
         modules = dict(model.named_modules())
         missing = [name for name in names if name not in modules]
         if missing:
@@ -130,8 +130,8 @@ class DIPNetModel(SavedLoraModel):
     def _add_site(
         self, model: nn.Module, adapter_name: str, config: DIPNetConfig, layer: int, without_memory: bool
     ) -> None:
-        assert config.block_names is not None  # resolved above
-        name = config.block_names[layer]
+        assert config.all_block_names is not None  # resolved above
+        name = config.all_block_names[layer]
         block = model.get_submodule(name)
         site = getattr(block, SITE_NAME, None)  # not from _modules: a compiled block passes the question on
         if not isinstance(site, NoiseSite):
@@ -185,7 +185,7 @@ class DIPNetModel(SavedLoraModel):
 
     def block_names(self) -> list[str]:
         """Module names of all decoder blocks, in order of depth."""
-        names = self.peft_config[self.active_adapters[0]].block_names
+        names = self.peft_config[self.active_adapters[0]].all_block_names
         assert names is not None  # resolved on injection
         return names
 
@@ -255,7 +255,15 @@ class DIPNetModel(SavedLoraModel):
         """As PEFT's for the LoRA weights; the noise is the first adapter's, like the rest of the configuration.
 
         Posteriors are not combined, but their means: the new one is a point.
+
+        Raises:
+            ValueError: as PEFT, or none of the adapters has LoRA weights.
         """
+        if all(self.peft_config[name].noise_only for name in adapters if name in self.peft_config):
+            raise ValueError(
+                f"adapters={adapters} have noise and no LoRA weights to add up; activate one of them instead, or add "
+                "one with LoRA to the list."
+            )
         is_new = adapter_name not in self.peft_config
         super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
         for site in self._sites():

@@ -88,7 +88,7 @@ def check_saved_modules(config: DIPNetConfig, model: nn.Module, shapes: Shapes) 
 
 def _check_posterior(config: DIPNetConfig, name: str, shapes: Shapes) -> None:
     """Where the module is variational, S of shape (R, r, n) must be declared beside A of shape (r, n)."""
-    names = [clean_name(block) for block in config.block_names or ()]
+    names = [clean_name(block) for block in config.all_block_names or ()]
     chosen = select_blocks(names, config.variational_blocks, "variational_blocks")
     if not any(f"{name}.".startswith(f"{names[block]}.") for block in chosen):
         return

@@ -74,6 +74,7 @@ class SequencePass(CodedPass):
             return
         mask = self.valid_positions(outputs)
         valid = None if mask is None else self._group(mask, order).all(0)
+        self.compared = valid
         coded = rerun(self.surroundings, self._run_coded, order)
         self.compare(name, self._group(outputs, order), coded.unflatten(0, (self.coded_size, -1)), valid)
         if mask is not None and valid is not None and self.share < 1:
@@ -108,11 +109,19 @@ class SequencePass(CodedPass):
             coded = block_output(block.forward(coded, **arguments))
         return coded
 
+    def _agree(self, groups: Tensor) -> bool:
+        """Whether integers, shape (K, G, ...), are the same in all rows of a group at the positions compared."""
+        differs = (groups != groups[:1]).any(0)
+        if self.compared is not None and differs.shape == self.compared.shape:
+            differs = differs & self.compared.to(differs.device)
+        return not differs.any()
+
     def _code(self, name: str, value: Any, rows: int, order: Tensor) -> Any:
         """A block's argument for the coded rows.
 
         A mask holds where it holds in every row of the group; other floating tensors are coded like the samples;
-        integers (positions) must agree within a group; what has no row dimension stays as it is.
+        integers (positions) must agree within a group, but where a row has padding; what has no row dimension stays as
+        it is.
 
         Args:
             name: the argument's name.
@@ -144,14 +153,15 @@ class SequencePass(CodedPass):
         if value.shape[0] != rows:
             raise ValueError(
                 f"dres_placement='sequence': the blocks' argument {name!r}, of shape {tuple(value.shape)}, cannot be "
-                f"split into the batch's {rows} rows; use dres_placement='token'."
+                f"split into the batch's {rows} rows; use dres_placement='token', or, where that is refused too, set "
+                "dres_weight to 0."
             )
         groups = self._group(value, order)
         if "mask" not in name and value.is_floating_point():
             return self._encode(groups)
         if "mask" in name:
             shared = groups.all(0) if value.dtype == torch.bool else groups.amin(0)
-        elif (groups == groups[:1]).all():
+        elif self._agree(groups):
             shared = groups[0]
         else:
             raise ValueError(

@@ -44,6 +44,11 @@ class TokenPass(CodedPass):
         self.surroundings = Surroundings.now([args[0].device])
 
     def _after_mlp(self, mlp: nn.Module, args: tuple, output: Tensor) -> None:
+        if not isinstance(output, Tensor):
+            raise ValueError(
+                f"dres_placement='token': {type(mlp).__name__} returns a {type(output).__name__}, not its output "
+                "alone; use dres_placement='sequence', or other dres_blocks."
+            )
         if self.with_gradient and not torch.is_grad_enabled():
             raise ValueError(
                 "dres_placement='token' sees no gradient inside reentrant activation checkpoints; set "

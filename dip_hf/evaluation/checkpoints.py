@@ -43,12 +43,17 @@ class Checkpoint:
         """Read "name" (the base itself), "name=folder" or "name=folder+folder", each with options behind commas.
 
         Raises:
-            ValueError: an empty name or folder, or an option that is none.
+            ValueError: an empty name or folder, a folder without a name, or an option that is none.
         """
         head, *options = text.split(",")
         name, equals, path = head.partition("=")
         if not name or (equals and not all(path.split("+"))):
             raise ValueError(f"checkpoints: {text!r} must be {SPELLING}")
+        if not equals and ("/" in name or (Path(name) / CONFIG_NAME).is_file()):
+            raise ValueError(
+                f"checkpoints: {text!r} is a folder, and a name without one stands for the base; write "
+                f"{Path(name).name}={name}"
+            )
         fields: dict[str, Any] = {}
         for option in options:
             key, _, value = option.partition("=")

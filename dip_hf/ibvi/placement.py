@@ -49,7 +49,7 @@ def check_targets(
         )
     if config.target_modules is None or config.target_modules == "all-linear":
         return  # PEFT knows them only later, and they are linear layers
-    names = config.block_names or []
+    names = config.all_block_names or []
     inside = {name: module for name, module in model.named_modules() if _block_of(name, names, blocks) is not None}
     targets = {name: module for name, module in inside.items() if is_target(name)}
     others = [f"{name} ({type(module).__name__})" for name, module in targets.items() if not _is_linear(module)]
@@ -80,7 +80,7 @@ def add_posteriors(
     Raises:
         ValueError: no such layer.
     """
-    names: Any = config.block_names
+    names: Any = config.all_block_names
     layers = {
         clean_name(name): module
         for name, module in model.named_modules()

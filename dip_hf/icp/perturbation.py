@@ -144,7 +144,8 @@ class ICPBranch:
 
         Raises:
             RuntimeError: `record` has seen no forward pass with gradient.
-            ValueError: several steps without a `clean_loss`, or a random direction without a `key`.
+            ValueError: several steps without a `clean_loss`, a random direction without a `key`, or masks or outputs
+                of other dimensions.
         """
         options = self.options
         if options.steps > 1 and clean_loss is None:
@@ -154,6 +155,13 @@ class ICPBranch:
         if record.site is None:
             raise RuntimeError("ICP: no forward pass with gradient ran inside `clean`; run the task loss there.")
         tokens = perturbed_tokens(inputs, options.positions)
+        features = next(iter(record.features.values()))
+        if tokens.dim() != 2 or features.dim() != 3:
+            raise ValueError(
+                f"icp_weight: a mask of shape {tuple(tokens.shape)} and blocks' outputs of shape "
+                f"{tuple(features.shape)} do not say which tokens are compared, as (batch, length) and (rows, length, "
+                "size) do; give such an attention_mask, train another model, or set icp_weight to 0."
+            )
         if options.start_block > 0:
             # Above the embeddings the first token's activations are a thousand times larger, and so would its step be.
             tokens = tokens & compared_tokens(inputs)  # not in place: it may be the caller's mask

@@ -190,16 +190,16 @@ def _describe_adapter(model: nn.Module, training: DIPSFTConfig, adapter: Adapter
     memory = sum(4 * p.numel() * (2 if n in in_bf16 else p.element_size()) for n, p in trainable.items())
     yield f"adapter     {adapter.adapter}: {count:,} trainable parameters, {_size(memory)} with gradients and moments"
     config = model.active_peft_config if isinstance(model, PeftModel) else None
-    if not isinstance(config, DIPNetConfig) or config.block_names is None:
+    if not isinstance(config, DIPNetConfig) or config.all_block_names is None:
         return
-    depth, m, starts = len(config.block_names), training.num_trajectories, []
+    depth, m, starts = len(config.all_block_names), training.num_trajectories, []
     if config.projected:
-        layers = select_blocks(config.block_names, config.noise_blocks, "noise_blocks")
+        layers = select_blocks(config.all_block_names, config.noise_blocks, "noise_blocks")
         learning = "learned" if config.learn_noise else "fixed"
         starts.append(layers[0])
         yield (
-            f"noise       at the input of {len(layers)} of {depth} blocks, {config.block_names[layers[0]]} to "
-            f"{config.block_names[layers[-1]]}; {learning}, initially {config.noise_scale:g} x RMS"
+            f"noise       at the input of {len(layers)} of {depth} blocks, {config.all_block_names[layers[0]]} to "
+            f"{config.all_block_names[layers[-1]]}; {learning}, initially {config.noise_scale:g} x RMS"
         )
     if config.variational_rank > 0:
         tuner: Any = model.base_model
@@ -207,7 +207,7 @@ def _describe_adapter(model: nn.Module, training: DIPSFTConfig, adapter: Adapter
         starts.append(layers[0])
         yield (
             f"posterior   of rank {config.variational_rank} in {len(layers)} of {depth} blocks, "
-            f"{config.block_names[layers[0]]} to {config.block_names[layers[-1]]}; initially "
+            f"{config.all_block_names[layers[0]]} to {config.all_block_names[layers[-1]]}; initially "
             f"{config.variational_scale:g} x 1/sqrt(inputs), {training.variational_optimizer} optimiser"
         )
     first = min(starts)

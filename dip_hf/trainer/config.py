@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainingArguments
 from trl import SFTConfig
 
-from dip_hf.blocks import last_share, parse_blocks
+from dip_hf.blocks import check_choice, parse_blocks
 from dip_hf.dres.branch import check_gradient, check_share, coded_size
 from dip_hf.icp.options import ICPOptions
 
@@ -137,7 +137,7 @@ class DIPSFTConfig(SFTConfig):
         coded_size(self.dres_placement, self.dres_group_size, self.dres_oversampling)
         check_share(self.dres_share)
         check_gradient(self.dres_gradient)
-        last_share(self.dres_blocks, "dres_blocks")  # refuses a percentage that is none
+        check_choice(self.dres_blocks, "dres_blocks")
         if not 0 <= self.dres_weight < math.inf:
             raise ValueError(f"dres_weight={self.dres_weight} must not be negative; 0 turns DReS off.")
         if self.num_trajectories < 1:

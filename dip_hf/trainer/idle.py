@@ -1,12 +1,16 @@
-"""Regularisers that are on and do nothing, which only shows while training runs."""
+"""Regularisers that are on and do nothing, which only shows when training runs."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
 from statistics import fmean
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dip_hf.dres import DReSBranch
+from dip_hf.icp import ICPOptions
 from dip_hf.trainer.config import DIPSFTConfig
 
 
@@ -38,3 +42,27 @@ def warn_of_idle_terms(metrics: Mapping[str, Sequence[float]], args: DIPSFTConfi
             "since the last log had one; give prompts and completions, or set icp_positions to 'all'.",
             stacklevel=3,
         )
+
+
+class IdleICP(TrainerCallback):
+    """Warns when training begins of an ICP that will not act in any of its steps.
+
+    Args:
+        options: ICP's.
+    """
+
+    def __init__(self, options: ICPOptions) -> None:
+        self.options = options
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        options, last = self.options, state.max_steps
+        steps = range(state.global_step, last)
+        if steps and not any(options.due(step) and options.term_weights(step / last)[1] > 0 for step in steps):
+            warnings.warn(
+                f"icp_weight={options.weight} has no effect in steps {steps.start} to {steps.stop - 1}: "
+                f"icp_warmup={options.warmup} and icp_interval={options.interval} leave it none; lower them, or train "
+                "longer.",
+                stacklevel=2,
+            )

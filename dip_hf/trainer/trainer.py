@@ -34,10 +34,11 @@ from dip_hf.trainer.checks import (
 from dip_hf.trainer.config import DIPSFTConfig, own_config
 from dip_hf.trainer.data_checks import check_dataset, check_nothing_dropped
 from dip_hf.trainer.gradients import FiniteGradients
-from dip_hf.trainer.idle import warn_of_idle_terms
+from dip_hf.trainer.idle import IdleICP, warn_of_idle_terms
 from dip_hf.trainer.objective import DIPNetObjective, DIPNetPass, fold_labels, own_parameters
 from dip_hf.trainer.optimizer import check_own_optimizer, check_posterior, compose_optimizer
 from dip_hf.trainer.publishing import PublishingTrainer
+from dip_hf.trainer.resume import check_resumed
 from dip_hf.trainer.terms import Term, batch_mean, token_mean
 
 
@@ -47,14 +48,15 @@ class DIPSFTTrainer(PublishingTrainer):
     With a `DIPNetConfig` as `peft_config` (or a model that holds such an adapter) it minimises DIPNet's Eq. 4 (arXiv
     2506.04690), its task loss in expectation over IBVI's posterior where the adapter has one (arXiv 2505.20235).
     `DIPSFTConfig(dres_weight=..., icp_weight=...)` adds DReS and ICP, with any adapter or none. With everything off it
-    is `SFTTrainer` to the last bit.
+    is `SFTTrainer` to the last bit, on data of which it would drop no row.
 
     Every term is logged raw and weighted; a term or a gradient that is NaN or infinite stops the run
     before the optimiser step.
 
     Args:
         model: as for `SFTTrainer`.
-        args: a `DIPSFTConfig`; TRL's `SFTConfig` is accepted, with this project's defaults for the rest.
+        args: a `DIPSFTConfig`; TRL's `SFTConfig` is accepted, with this project's defaults for the rest. What DReS
+            and ICP do is read from it here and now, so that another value set later has no effect on them.
         train_dataset: as for `SFTTrainer`; neither empty nor with rows that train no token.
         **kwargs: as for `SFTTrainer`.
 
@@ -112,6 +114,7 @@ class DIPSFTTrainer(PublishingTrainer):
             self.dres.check(args.per_device_train_batch_size, self.padding_free)
         if args.icp_weight > 0:
             self.icp = ICPBranch(base, args.icp_options(), block_names=block_names)
+            self.add_callback(IdleICP(self.icp.options))
         if self.dres is not None or self.icp is not None:
             check_second_pass(self)
         if self.dipnet is not None or self.dres is not None or self.icp is not None:
@@ -147,7 +150,7 @@ class DIPSFTTrainer(PublishingTrainer):
         steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
         icp, weight, feature_weight = self.icp, 1.0, 0.0
         if icp is not None and icp.options.due(self.state.global_step):
-            weight, feature_weight = icp.options.term_weights(self.state.global_step / self.state.max_steps)
+            weight, feature_weight = icp.options.term_weights(self.state.global_step / max(1, self.state.max_steps))
         if feature_weight == 0:
             icp = None  # nothing to distil in this step
         trajectories = 1 if self.dipnet is None else self.args.num_trajectories
@@ -234,10 +237,19 @@ class DIPSFTTrainer(PublishingTrainer):
         self._micro_steps[training] = (here, index)
         return NoiseKey(self.args.seed, here, index if training else -1 - index, self.args.process_index)
 
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As Trainer's; a step that an exception cut off is taken up anew, with the numbers of its micro-batches."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As Trainer's; a step that an exception cut off is taken up anew, with the numbers of its micro-batches.
+
+        Raises:
+            ValueError: the checkpoint's DIPNet adapter is another one than the model's; names the option.
+        """
         self._micro_steps[True] = (-1, -1)
-        return super().train(*args, **kwargs)
+        if self.dipnet is not None:
+            check_resumed(self.model, resume_from_checkpoint, self.args.output_dir)
+            # `evaluate` with bf16_full_eval or fp16_full_eval casts the model for good
+            own = own_parameters(self.model)
+            self.dipnet.restore_precision({name: parameter.detach() for name, parameter in own.items()})
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """As Trainer's; noise that an adapter keeps in evaluation is a function of the step and the batch's number."""

@@ -121,3 +121,4 @@ def test_bad_checkpoints(lora_folder: str, base_folder: str, dataset: str, tmp_p
 
 def test_results_go_to_a_folder_of_the_adapters_name() -> None:
     assert DiagnoseSettings("runs/quickstart/lora/").folder == "diagnose/lora"
+    assert DiagnoseSettings("runs/a/checkpoint-20").folder == "diagnose/a-checkpoint-20"

@@ -30,6 +30,7 @@ from tests.dipnet.models import adapt, build
         ("noise_blocks", ["model.layers.1"], r"noise_blocks=\['model.layers.1'\] must be"),
         ("noise_blocks", "0%", r"noise_blocks='0%' must be from '1%' to '100%'"),
         ("variational_blocks", "150%", r"variational_blocks='150%' must be from '1%' to '100%'"),
+        ("noise_seed", 1.5, r"noise_seed=1.5 must be a whole number"),
         ("dip_format", 3, "dip_format=3: this version of dip_hf reads formats 1 to 2; upgrade dip_hf"),
         ("dip_format", 0, "dip_format=0: "),
         ("dip_format", "one", "dip_format='one': "),

@@ -38,7 +38,7 @@ def test_noise_is_on_in_training_and_off_in_evaluation(model: PeftModel) -> None
     assert torch.equal(logits(model), logits(model))
     assert isinstance(model.base_model, DIPNetModel)
     assert model.base_model.noised_layers() == []
-    assert model.peft_config["default"].block_names == [f"model.layers.{index}" for index in range(4)]
+    assert model.peft_config["default"].all_block_names == [f"model.layers.{index}" for index in range(4)]
 
 
 def test_noise_in_evaluation_where_asked_for(base: str) -> None:
@@ -285,3 +285,11 @@ def test_weighted_adapters_take_the_first_ones_noise(model: PeftModel, combinati
         if "both" in site.lora_dip_log_variance:
             assert torch.equal(site.leaf("both").rms, site.leaf("default").rms)
             assert torch.equal(site.leaf("both").weight, site.leaf("default").weight)
+
+
+def test_weighted_adapters_without_lora(base: str) -> None:
+    model = adapt(load_base(base), target_modules=[])
+    model.add_adapter("other", config(target_modules=[]))
+    with pytest.raises(ValueError, match=r"adapters=\['default', 'other'\] have noise and no LoRA weights to add up"):
+        model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "both")
+    assert list(model.peft_config) == ["default", "other"]

@@ -1,18 +1,19 @@
-"""An adapter that has changed the base's weights (PiSSA, OLoRA), written for the untouched base."""
+"""Weights that are loaded again: of an adapter that changed the base (PiSSA), or from before the first batch."""
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
 from dip_hf import export_lora
-from tests.dipnet.models import adapt, load_base, logits, noisy
+from tests.dipnet.models import adapt, load_base, logits, noisy, sites
 
 
 def assert_close(mine: Tensor, theirs: Tensor) -> None:
@@ -48,3 +49,27 @@ def test_conversion(base: str, tmp_path: Path, init: str, arguments: dict[str, A
     # the initial adapter is what it was
     assert json.loads((tmp_path / "initial" / "adapter_config.json").read_text())["init_lora_weights"] is True
     PeftModel.from_pretrained(load_base(base), tmp_path / "initial")
+
+
+@pytest.mark.parametrize("way", ["set_peft_model_state_dict", "load_state_dict", "load_adapter"])
+def test_back_to_the_initial_weights(base: str, way: str, tmp_path: Path) -> None:
+    """Which were saved before the first batch, when no scale was measured."""
+    model = adapt(load_base(base))
+    initial = copy.deepcopy(model.state_dict())
+    adapter = {name: value.clone() for name, value in get_peft_model_state_dict(model).items()}
+    model.save_pretrained(tmp_path)
+    drawn = noisy(model)
+    if way == "set_peft_model_state_dict":
+        set_peft_model_state_dict(model, adapter)
+    elif way == "load_state_dict":
+        model.load_state_dict(initial)
+    else:
+        model.load_adapter(str(tmp_path), "default", is_trainable=True)
+    assert all(site.leaf("default").rms.item() == 0 for site in sites(model))
+    assert torch.equal(noisy(model), drawn) and not torch.equal(drawn, logits(model))
+    # Loaded with a scale of their own, they keep it
+    rms = [site.leaf("default").rms.clone() for site in sites(model)]
+    measured = {name: value.clone() for name, value in get_peft_model_state_dict(model).items()}
+    set_peft_model_state_dict(model, {n: 2 * v if n.endswith("rms") else v for n, v in measured.items()})
+    noisy(model)
+    assert [site.leaf("default").rms.item() for site in sites(model)] == [2 * one.item() for one in rms]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from dip_hf import export_lora
+from dip_hf import DIPNetConfig, export_lora
 from tests.dipnet.models import adapt, build, config, load_base, logits, noisy, sites
 
 
@@ -61,13 +64,29 @@ def test_experts_are_saved_loaded_and_exported(family: str, tmp_path: Path) -> N
     assert type(stock.peft_config["default"]) is LoraConfig and torch.equal(logits(stock), expected)
 
 
+@pytest.mark.parametrize(
+    "again",
+    [lambda given: given, dataclasses.replace, lambda given: DIPNetConfig(**given.to_dict()), copy.deepcopy],
+    ids=["same", "replace", "to_dict", "deepcopy"],
+)
 @pytest.mark.parametrize("first", [4, 6])
-def test_one_configuration_for_models_of_several_depths(first: int) -> None:
+def test_one_configuration_for_models_of_several_depths(
+    first: int, again: Callable[[DIPNetConfig], DIPNetConfig]
+) -> None:
     given = config(noise_blocks="50%")
     for depth in (first, 10 - first):
+        given = again(given)
         model = get_peft_model(build(num_hidden_layers=depth), given)
         assert [site.layer for site in sites(model)] == list(range(depth // 2, depth))
-        assert len(given.block_names) == depth
+        assert given.block_names is None and len(given.all_block_names or ()) == depth
+
+
+def test_a_saved_configuration_for_a_deeper_model(tmp_path: Path) -> None:
+    get_peft_model(build(), config(noise_blocks="all")).save_pretrained(tmp_path)
+    saved = DIPNetConfig.from_pretrained(tmp_path)
+    assert saved.all_block_names == [f"model.layers.{index}" for index in range(4)]
+    fresh = dataclasses.replace(saved, inference_mode=False)
+    assert len(sites(get_peft_model(build(num_hidden_layers=6), fresh))) == 6
 
 
 def test_block_names_that_were_given_stay() -> None:

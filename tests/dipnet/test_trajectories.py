@@ -26,7 +26,7 @@ KEY = NoiseKey(5, step=2)
 def single_trajectory(model: PeftModel, key: NoiseKey, trajectory: int) -> Iterator[None]:
     """The oracle: a plain hook on each noised block that adds std · ε to its input, for one trajectory alone."""
     handles = []
-    for layer, name in enumerate(model.peft_config["default"].block_names):
+    for layer, name in enumerate(model.peft_config["default"].all_block_names):
         block = model.base_model.model.get_submodule(name)
         if not hasattr(block, "dip_noise"):
             continue

@@ -76,6 +76,16 @@ def test_a_batch_too_small_for_one_group_gives_zero(placement: str, rows: int, l
     (record.error + logits.mean()).backward()
 
 
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_more_padding_changes_nothing(family: str) -> None:
+    """OPT counts positions by the mask, so that rows differ in them where one has padding."""
+    model, batch = model_of(family), batch_of(4, pads="right")
+    longer = {name: torch.nn.functional.pad(value, (0, 3)) for name, value in batch.items()}
+    branch = branch_of(model, "sequence")
+    errors = [run(model, branch, one)[0].error.item() for one in (batch, longer)]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-9) and errors[0] > 0
+
+
 def test_packed_rows() -> None:
     """Padding-free: one row, several examples, no mask; each token's MLP output knows nothing of the layout."""
     model = model_of()
@@ -190,6 +200,14 @@ def test_refused_options(options: dict[str, Any], message: str) -> None:
 def test_refused_mlps(family: str, message: str) -> None:
     with pytest.raises(ValueError, match=rf"{message}.*use dres_placement='sequence'"):
         branch_of(model_of(family), "token")
+
+
+def test_an_mlp_that_returns_more_than_its_output() -> None:
+    model, batch = model_of(), batch_of(4)
+    branch = branch_of(model, "token", blocks=[1])
+    model.model.layers[1].mlp.register_forward_hook(lambda mlp, args, output: (output, None))
+    with pytest.raises(ValueError, match=r"LlamaMLP returns a tuple, not its output alone; use dres_placement='seq"):
+        run(model, branch, batch)
 
 
 def test_refused_batches() -> None:

@@ -30,6 +30,18 @@ def test_half_a_checkpoint_is_refused(text: str) -> None:
         Checkpoint.parse(text)
 
 
+def test_a_folder_without_a_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for text in ("out/checkpoint-6", "out/checkpoint-6,temperature"):
+        with pytest.raises(ValueError, match=r"is a folder, .* base; write checkpoint-6=out/checkpoint-6"):
+            Checkpoint.parse(text)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    assert Checkpoint.parse("base").path is None
+    (tmp_path / "base" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"write base=base"):
+        Checkpoint.parse("base")
+
+
 @pytest.mark.parametrize("option", ["samples", "samples=", "samples=-1", "samples=1.5", "droput", "dropout=0.1", ""])
 def test_an_option_that_is_none_is_refused(option: str) -> None:
     with pytest.raises(ValueError, match=f"'{option}' is no option; spell a checkpoint `name`"):

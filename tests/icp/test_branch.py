@@ -257,3 +257,13 @@ def test_misuse() -> None:
         task = task_loss(noisy, inputs, repeat_rows(inputs["labels"], 2))
     with pytest.raises(RuntimeError, match="inside the adapter's `sampling` context"):
         branch.loss(record, inputs, task)
+
+
+def test_a_mask_for_pairs_of_tokens_is_refused() -> None:
+    model, inputs = tiny_llama(), padded_batch()
+    pairs = inputs["attention_mask"][:, None, None, :].bool()
+    branch = ICPBranch(model, ICPOptions())
+    with branch.clean() as record:
+        task = task_loss(model, inputs, inputs["labels"])
+    with pytest.raises(ValueError, match=r"icp_weight: a mask of shape .* do not say which tokens are compared"):
+        branch.loss(record, {**inputs, "attention_mask": pairs}, task)

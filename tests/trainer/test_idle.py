@@ -81,3 +81,21 @@ def test_a_dataset_with_some_prompts(tmp_path: Path) -> None:
     options = {**ICP, "icp_positions": "prompt", "max_steps": 8, "logging_steps": 8, "per_device_train_batch_size": 1}
     trainer = make_trainer(tmp_path, LoraConfig(**ADAPTER), options, data=Dataset.from_list(rows))
     assert said(trainer, "icp/features") == []
+
+
+@pytest.mark.parametrize(
+    ("options", "idle"),
+    [
+        ({"icp_warmup": 1.0}, True),
+        ({"icp_warmup": 0.7}, True),
+        ({"icp_interval": 5, "icp_warmup": 0.1}, True),
+        ({"icp_warmup": 0.5}, False),
+        ({"icp_interval": 2, "icp_warmup": 0.5}, False),
+    ],
+    ids=str,
+)
+def test_a_feature_loss_that_never_sets_in(options: dict[str, Any], idle: bool, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, LoraConfig(**ADAPTER), {**ICP, **options, "max_steps": 3})
+    found = said(trainer, f"icp_weight={trainer.args.icp_weight} has no effect in steps 0 to 2: icp_warmup=")
+    assert len(found) == idle
+    assert any("icp/features" in entry for entry in trainer.state.log_history) is not idle

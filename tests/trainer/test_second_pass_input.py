@@ -33,6 +33,8 @@ REENTRANT = checkpoints(use_reentrant=True)
         ({"dres_oversampling": 0.75}, "dres_oversampling=0.75 must be at least 1"),
         ({"dres_group_size": 2, "dres_oversampling": 2.5}, "dres_oversampling=2.5: .*always 0; change the over"),
         ({"dres_share": 0.0}, "dres_share=0.0 must be above 0 and at most 1.*1 codes all"),
+        ({"dres_blocks": 0.25}, "dres_blocks=0.25 must be 'all', a number, '25%', a list of indices or a pattern"),
+        ({"dres_blocks": None}, "dres_blocks=None must be 'all'"),
         ({"dres_blocks": "200%"}, "dres_blocks='200%' must be from '1%' to '100%'"),
         ({"dres_share": 1.5}, "dres_share=1.5 must be above 0 and at most 1"),
         ({"dres_gradient": "none"}, "dres_gradient='none' must be one of scale_free, all, coded"),
