@@ -67,6 +67,10 @@ def test_training_saving_loading_merging_and_export(folder: Path, tmp_path: Path
     stock = PeftModel.from_pretrained(load(folder, bits), export_lora(model, tmp_path / "lora")).eval()
     with torch.no_grad():
         torch.testing.assert_close(stock(**batch()).logits, expected[0], rtol=1e-4, atol=1e-4)
-        # merging rounds to the base's bits, in ours as in stock LoRA
-        merged, theirs = loaded.merge_and_unload(), stock.merge_and_unload()
+        # Merging rounds to the base's bits, in ours as in stock LoRA. On a CPU with AVX512-BF16 a pass in evaluation
+        # packs 4-bit weights in a way that merging does not know, in both; so these have had none.
+        merged, theirs = (
+            PeftModel.from_pretrained(load(folder, bits), tmp_path / name).merge_and_unload()
+            for name in ("adapter", "lora")
+        )
         torch.testing.assert_close(merged(**batch()).logits, theirs(**batch()).logits, rtol=1e-4, atol=1e-4)
