@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -51,6 +51,26 @@ def find_decoder_blocks(
     return [f"{found[0]}.{index}" for index in range(depth)]
 
 
+def find_visible_blocks(model: nn.Module, known: Iterable[list[str] | None]) -> list[str]:
+    """`find_decoder_blocks`, and where wrappers hide them, such as those of blocks compiled one by one, what is known.
+
+    Args:
+        model: a transformers model.
+        known: names that were found before, in this model or another one.
+
+    Raises:
+        ValueError: no blocks are found, and none of `known` are all in the model.
+    """
+    try:
+        return find_decoder_blocks(model)
+    except ValueError:
+        modules = {name for name, _ in model.named_modules()}
+        for names in known:
+            if names and modules.issuperset(names):
+                return names
+        raise
+
+
 def last_share(choice: str | int | Sequence[int], field: str) -> int | None:
     """The percentage in a choice such as "25%"; None for any other.
 
@@ -78,8 +98,8 @@ def check_choice(choice: Any, field: str) -> None:
     Raises:
         ValueError: it chooses no blocks of any model.
     """
-    kinds = int if isinstance(choice, list) else str | int
-    indices = choice if isinstance(choice, list) else [choice]
+    several = isinstance(choice, list | tuple | range)
+    kinds, indices = (int, choice) if several else (str | int, [choice])
     if any(isinstance(index, bool) or not isinstance(index, kinds) for index in indices):
         raise ValueError(f"{field}={choice!r} must be 'all', a number, '25%', a list of indices or a pattern.")
     last_share(choice, field)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dip_hf.blocks import find_decoder_blocks, select_blocks
+from dip_hf.blocks import find_visible_blocks, select_blocks
 from dip_hf.dipnet.config import DIPNetConfig
 from dip_hf.dipnet.layer import NoiseSite, random_layers
 from dip_hf.dipnet.saving import SavedLoraModel
@@ -98,10 +98,10 @@ class DIPNetModel(SavedLoraModel):
         return chosen
 
     def _resolve_blocks(self, model: nn.Module, config: DIPNetConfig) -> list[int]:
-        # Anew each time: what a configuration holds may have been found in another model
-        config.found_block_names = find_decoder_blocks(model) if config.block_names is None else None
-        names = config.all_block_names or []
         modules = dict(model.named_modules())
+        known = [other.found_block_names for other in (config, *self.peft_config.values())]
+        config.found_block_names = find_visible_blocks(model, known) if config.block_names is None else None
+        names = config.all_block_names or []
         missing = [name for name in names if name not in modules]
         if missing:
             raise ValueError(f"block_names: {missing} are no modules of {type(model).__name__}; correct the names.")
@@ -259,7 +259,8 @@ class DIPNetModel(SavedLoraModel):
         Raises:
             ValueError: as PEFT, or none of the adapters has LoRA weights.
         """
-        if all(self.peft_config[name].noise_only for name in adapters if name in self.peft_config):
+        known = [self.peft_config[name] for name in adapters if name in self.peft_config]
+        if known and all(config.noise_only for config in known):
             raise ValueError(
                 f"adapters={adapters} have noise and no LoRA weights to add up; activate one of them instead, or add "
                 "one with LoRA to the list."

@@ -49,10 +49,10 @@ class Checkpoint:
         name, equals, path = head.partition("=")
         if not name or (equals and not all(path.split("+"))):
             raise ValueError(f"checkpoints: {text!r} must be {SPELLING}")
-        if not equals and ("/" in name or (Path(name) / CONFIG_NAME).is_file()):
+        if not equals and ("/" in name or any((Path(name) / file).is_file() for file in (CONFIG_NAME, "config.json"))):
             raise ValueError(
-                f"checkpoints: {text!r} is a folder, and a name without one stands for the base; write "
-                f"{Path(name).name}={name}"
+                f"checkpoints: {text!r} is spelled like a folder, but a name alone stands for the base; write "
+                f"NAME={name} for a folder, and call the base by another name"
             )
         fields: dict[str, Any] = {}
         for option in options:

@@ -142,12 +142,12 @@ def _own_tokenizer(checkpoint: Checkpoint) -> Any | None:
 
 
 def _evaluate_one(settings: EvaluationSettings, checkpoint: Checkpoint, tasks: dict[str, Any]) -> CheckpointScores:
+    folders = checkpoint.folders or ([settings.model] if Path(settings.model).is_dir() else [])
+    weights = tuple(weight_digests(folder) for folder in folders)
     start = time.perf_counter()
     temperature = None
     with _quiet():
         model = load_model(settings, checkpoint)
-        loaded = checkpoint.folders or ([settings.model] if Path(settings.model).is_dir() else [])
-        weights = tuple(weight_digests(folder) for folder in loaded)
         if checkpoint.temperature:
             home = _in_distribution(settings, tasks)
             held_out = load_tasks(home, settings.include_path, limit=1, validation_items=VALIDATION_ITEMS)["tasks"]

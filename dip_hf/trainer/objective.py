@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from dip_hf.dipnet.export import NOISE_PREFIX
 from dip_hf.dipnet.functional import head_gram, output_variance, variance_penalty
-from dip_hf.dipnet.layer import random_layers
+from dip_hf.dipnet.layer import LogVariance, random_layers
 from dip_hf.dipnet.model import DIPNetModel
 from dip_hf.dipnet.trajectories import repeat_rows
 from dip_hf.noise import NoiseKey
@@ -64,6 +64,9 @@ class DIPNetObjective:
             if parameter.dtype.itemsize < 4:
                 leaf: Any = self.model.get_submodule(name.rpartition(".")[0])
                 parameter.data = given.get(name, leaf.initial()).to(parameter.device, torch.float32)
+        for module in self.model.modules():
+            if isinstance(module, LogVariance):
+                module.rms = module.rms.float()
 
     @contextmanager
     def sampling(self, key: NoiseKey) -> Iterator[DIPNetPass]:

@@ -30,23 +30,43 @@ def check_resumed(model: nn.Module, checkpoint: str | bool | None, output_dir: s
     if not checkpoint or not isinstance(model, PeftModel):
         return
     for name, own in model.peft_config.items():
-        folder = Path(checkpoint) if name == "default" else Path(checkpoint, name)
+        folder = Path(checkpoint, name)
+        if name == "default" or (name in model.active_adapters and not (folder / CONFIG_NAME).is_file()):
+            folder = Path(checkpoint)  # as Trainer finds it
         if not isinstance(own, DIPNetConfig) or not (folder / CONFIG_NAME).is_file():
             continue
         if read_config(folder).get("peft_type") != DIPPeftType.DIPNET.value:
             continue
         saved = DIPNetConfig.from_pretrained(str(folder))
-        names = own.all_block_names or []
-        for option in ("noise_blocks", "learn_noise", "variational_rank", "variational_blocks"):
-            if option == "variational_blocks" and own.variational_rank == 0:
-                continue
-            mine, theirs = getattr(own, option), getattr(saved, option)
-            if option.endswith("blocks") and mine not in (0, []) and theirs not in (0, []):
-                changed = select_blocks(names, mine, option) != select_blocks(names, theirs, option)
-            else:
-                changed = mine != theirs
-            if changed:
+        for option in _options(own, saved):
+            if _meaning(own, option, own) != _meaning(saved, option, own):
                 raise ValueError(
-                    f"{option}={mine!r}, but the checkpoint {folder} has {theirs!r}; resume with the adapter "
-                    "configuration that it was trained with, or begin a new run in another output_dir."
+                    f"{option}={getattr(own, option)!r}, but the checkpoint {folder} has {getattr(saved, option)!r}; "
+                    "resume with the adapter configuration that it was trained with, or begin a new run in another "
+                    "output_dir."
                 )
+
+
+def _options(own: DIPNetConfig, saved: DIPNetConfig) -> list[str]:
+    """Options on which the trained parameters depend, those of noise and of a posterior where both have one."""
+    found = ["noise_blocks", "variational_rank"]
+    if own.projected and saved.projected:
+        found.append("learn_noise")
+    if own.variational_rank > 0 and saved.variational_rank > 0:
+        found += ["variational_blocks", "variational_scale"]
+    return found
+
+
+def _meaning(config: DIPNetConfig, option: str, own: DIPNetConfig) -> object:
+    """An option's value, as what it does to the model."""
+    value = getattr(config, option)
+    if option == "variational_scale":
+        return value > 0  # the initial value itself is the checkpoint's
+    if not option.endswith("blocks"):
+        return value
+    if option == "noise_blocks" and not config.projected:
+        return []
+    try:
+        return select_blocks(own.all_block_names or [], value, option)
+    except ValueError:
+        return value  # of a model of another depth

@@ -246,9 +246,10 @@ class DIPSFTTrainer(PublishingTrainer):
         self._micro_steps[True] = (-1, -1)
         if self.dipnet is not None:
             check_resumed(self.model, resume_from_checkpoint, self.args.output_dir)
-            # `evaluate` with bf16_full_eval or fp16_full_eval casts the model for good
-            own = own_parameters(self.model)
-            self.dipnet.restore_precision({name: parameter.detach() for name, parameter in own.items()})
+            if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # which keep parameters of their own
+                # `evaluate` with bf16_full_eval or fp16_full_eval casts the model for good
+                own = own_parameters(self.model)
+                self.dipnet.restore_precision({name: parameter.detach() for name, parameter in own.items()})
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:

@@ -32,14 +32,16 @@ def test_half_a_checkpoint_is_refused(text: str) -> None:
 
 def test_a_folder_without_a_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for text in ("out/checkpoint-6", "out/checkpoint-6,temperature"):
-        with pytest.raises(ValueError, match=r"is a folder, .* base; write checkpoint-6=out/checkpoint-6"):
+        with pytest.raises(ValueError, match=r"spelled like a folder, .* base; write NAME=out/checkpoint-6 for a"):
             Checkpoint.parse(text)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base").mkdir()
     assert Checkpoint.parse("base").path is None
-    (tmp_path / "base" / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"write base=base"):
-        Checkpoint.parse("base")
+    for file in ("adapter_config.json", "config.json"):
+        (tmp_path / "base" / file).write_text("{}")
+        with pytest.raises(ValueError, match=r"write NAME=base for a folder"):
+            Checkpoint.parse("base")
+        (tmp_path / "base" / file).unlink()
 
 
 @pytest.mark.parametrize("option", ["samples", "samples=", "samples=-1", "samples=1.5", "droput", "dropout=0.1", ""])

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 
 from dip_hf import DIPNetConfig
 from dip_hf.trainer.objective import own_parameters
-from tests.trainer.tiny import ADAPTER, make_trainer, tokenised
+from tests.trainer.tiny import ADAPTER, base_model, make_trainer, tokenised
 
 
 OPTIONS = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 4}
@@ -23,6 +24,12 @@ OPTIONS = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "per_devic
         ({"noise_blocks": 1}, {}, r"noise_blocks='all', but .* has 1;"),
         ({}, {"learn_noise": False}, r"learn_noise=False, but .* has True;"),
         ({"variational_rank": 2}, {}, r"variational_rank=0, but .* has 2;"),
+        ({"noise_blocks": [4]}, {}, r"noise_blocks='all', but .* has \[4\];"),
+        (
+            {"variational_rank": 2},
+            {"variational_rank": 2, "variational_scale": 0.0},
+            r"variational_scale=0.0, but .* has 2.0;",
+        ),
         (
             {"variational_rank": 2, "variational_blocks": 1},
             {"variational_rank": 2, "variational_blocks": 2},
@@ -32,17 +39,28 @@ OPTIONS = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "per_devic
     ids=str,
 )
 def test_another_adapter(first: dict[str, Any], then: dict[str, Any], message: str, tmp_path: Path) -> None:
-    make_trainer(tmp_path, DIPNetConfig(**ADAPTER, **first), OPTIONS).train()
+    deeper = base_model(depth=5) if first.get("noise_blocks") == [4] else None
+    make_trainer(tmp_path, DIPNetConfig(**ADAPTER, **first), OPTIONS, model=deeper).train()
     trainer = make_trainer(tmp_path, DIPNetConfig(**ADAPTER, **then), {**OPTIONS, "max_steps": 3})
     for checkpoint in (True, str(tmp_path / "checkpoint-2")):
         with pytest.raises(ValueError, match=message):
             trainer.train(resume_from_checkpoint=checkpoint)
 
 
-def test_the_same_blocks_in_other_words(tmp_path: Path) -> None:
-    make_trainer(tmp_path, DIPNetConfig(**ADAPTER, noise_blocks="all", noise_scale=0.2), OPTIONS).train()
-    other = DIPNetConfig(**ADAPTER, noise_blocks=[0, 1, 2], variational_blocks=1)
-    trainer = make_trainer(tmp_path, other, {**OPTIONS, "max_steps": 3})
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ({"noise_blocks": "all", "noise_scale": 0.2}, {"noise_blocks": [0, 1, 2], "variational_blocks": 1}),
+        (
+            {"noise_blocks": 0, "variational_rank": 2, "variational_blocks": "all"},
+            {"noise_blocks": [], "variational_rank": 2, "variational_blocks": 3, "learn_noise": False},
+        ),
+    ],
+    ids=str,
+)
+def test_the_same_in_other_words(first: dict[str, Any], then: dict[str, Any], tmp_path: Path) -> None:
+    make_trainer(tmp_path, DIPNetConfig(**ADAPTER, **first), OPTIONS).train()
+    trainer = make_trainer(tmp_path, DIPNetConfig(**ADAPTER, **then), {**OPTIONS, "max_steps": 3})
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 3
 
@@ -57,3 +75,13 @@ def test_evaluation_in_bfloat16_first(tmp_path: Path) -> None:
     trainer.train()
     for name, parameter in own_parameters(trainer.model).items():
         assert parameter.dtype == torch.float32 and not torch.equal(parameter, before[name].float())
+    assert all(buffer.dtype == torch.float32 for name, buffer in trainer.model.named_buffers() if "rms" in name)
+
+
+def test_an_adapter_of_another_name(tmp_path: Path) -> None:
+    """Trainer loads the checkpoint's only adapter into the active one."""
+    make_trainer(tmp_path, DIPNetConfig(**ADAPTER), OPTIONS).train()
+    model = get_peft_model(base_model(), DIPNetConfig(**ADAPTER, learn_noise=False), "mine")
+    trainer = make_trainer(tmp_path, None, {**OPTIONS, "max_steps": 3}, model=model)
+    with pytest.raises(ValueError, match=r"learn_noise=False, but the checkpoint .*checkpoint-2 has True"):
+        trainer.train(resume_from_checkpoint=True)

@@ -62,14 +62,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def base_model(**options: Any) -> LlamaForCausalLM:
-    """A Llama of three blocks with the same random weights every time."""
+def base_model(depth: int = 3, **options: Any) -> LlamaForCausalLM:
+    """A Llama, of three blocks unless said, with the same random weights every time."""
     torch.manual_seed(7)
     config = LlamaConfig(
         vocab_size=48,
         hidden_size=16,
         intermediate_size=32,
-        num_hidden_layers=3,
+        num_hidden_layers=depth,
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=128,
