@@ -71,8 +71,8 @@ def method_section() -> str:
             "score and AUROC (right against wrong answers) have no interval.",
             "Robustness, smoothness and reconstruction are teacher-forced and of one noise-free pass, so that they "
             "leave out arms that predict by samples, an ensemble or at a temperature; they have no interval. "
-            "Training time is measured with other runs at work beside it, so its ratio, a median over "
-            "seeds, is rough.",
+            "Training time is measured with other runs at work beside it, and not always on the same machine, so its "
+            "ratio, a median over seeds, is rough.",
         ]
     )
 
