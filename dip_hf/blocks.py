@@ -11,6 +11,14 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
+def _depth(model: nn.Module) -> int | None:
+    """How many decoder blocks the model has by its config; None where it is no transformers model."""
+    if not hasattr(model, "config") or not hasattr(model.config, "get_text_config"):
+        return None
+    config: Any = model.config
+    return config.get_text_config(decoder=True).num_hidden_layers
+
+
 def find_decoder_blocks(
     model: nn.Module, remedy: str = "pass the blocks' module names as `DIPNetConfig(block_names=[...])`"
 ) -> list[str]:
@@ -28,10 +36,9 @@ def find_decoder_blocks(
     Raises:
         ValueError: none or several such lists; or an encoder-decoder, whose encoder is as deep.
     """
-    if not hasattr(model, "config") or not hasattr(model.config, "get_text_config"):
+    depth = _depth(model)
+    if depth is None:
         raise ValueError(f"block_names=None: {type(model).__name__} is no transformers model; {remedy}.")
-    config: Any = model.config
-    depth = config.get_text_config(decoder=True).num_hidden_layers
     found = [
         name
         for name, module in model.named_modules()
@@ -39,7 +46,7 @@ def find_decoder_blocks(
         and len(module) == depth
         and all(isinstance(block, GradientCheckpointingLayer) for block in module)
     ]
-    if len(found) > 1 and isinstance(model, PreTrainedModel) and not config.is_encoder_decoder:
+    if len(found) > 1 and isinstance(model, PreTrainedModel) and not model.config.is_encoder_decoder:
         decoder = set(model.get_decoder().modules())
         inside = [name for name in found if model.get_submodule(name) in decoder]
         found = inside if len(inside) == 1 else found
@@ -59,14 +66,15 @@ def find_visible_blocks(model: nn.Module, known: Iterable[list[str] | None]) -> 
         known: names that were found before, in this model or another one.
 
     Raises:
-        ValueError: no blocks are found, and none of `known` are all in the model.
+        ValueError: no blocks are found, and none of `known` are all of the model's.
     """
     try:
         return find_decoder_blocks(model)
     except ValueError:
+        depth = _depth(model)
         modules = {name for name, _ in model.named_modules()}
         for names in known:
-            if names and modules.issuperset(names):
+            if names and len(names) == depth and modules.issuperset(names):
                 return names
         raise
 

@@ -48,8 +48,10 @@ class DIPNetModel(SavedLoraModel):
 
     Attributes:
         noise_state: what all sites and posteriors of the model share.
+        decoder_blocks: names of the model's blocks; None where every adapter's `block_names` gave them.
     """
 
+    decoder_blocks: list[str] | None = None
     tuner_layer_cls = (LoraLayer, NoiseSite)  # PEFT uses it in `isinstance` alone
 
     def inject_adapter(
@@ -99,8 +101,9 @@ class DIPNetModel(SavedLoraModel):
 
     def _resolve_blocks(self, model: nn.Module, config: DIPNetConfig) -> list[int]:
         modules = dict(model.named_modules())
-        known = [other.found_block_names for other in (config, *self.peft_config.values())]
-        config.found_block_names = find_visible_blocks(model, known) if config.block_names is None else None
+        if config.block_names is None:
+            self.decoder_blocks = find_visible_blocks(model, [self.decoder_blocks, config.found_block_names])
+        config.found_block_names = self.decoder_blocks if config.block_names is None else None
         names = config.all_block_names or []
         missing = [name for name in names if name not in modules]
         if missing:
@@ -185,7 +188,8 @@ class DIPNetModel(SavedLoraModel):
 
     def block_names(self) -> list[str]:
         """Module names of all decoder blocks, in order of depth."""
-        names = self.peft_config[self.active_adapters[0]].all_block_names
+        # Not the config's `all_block_names`: the same config may since have been injected into another model
+        names = self.peft_config[self.active_adapters[0]].block_names or self.decoder_blocks
         assert names is not None  # resolved on injection
         return names
 

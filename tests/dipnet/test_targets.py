@@ -14,7 +14,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from dip_hf import DIPNetConfig, export_lora
-from tests.dipnet.models import adapt, build, config, load_base, logits, noisy, sites
+from dip_hf.noise import NoiseKey
+from tests.dipnet.models import adapt, batch, build, config, load_base, logits, noisy, sites
 
 
 LISTS = {
@@ -79,6 +80,32 @@ def test_one_configuration_for_models_of_several_depths(
         model = get_peft_model(build(num_hidden_layers=depth), given)
         assert [site.layer for site in sites(model)] == list(range(depth // 2, depth))
         assert given.block_names is None and len(given.all_block_names or ()) == depth
+
+
+def test_one_configuration_in_two_models_at_once() -> None:
+    """Each trajectory begins at the first random block of the model that runs, whichever was made last."""
+    given = config(noise_blocks="50%")
+    models = [get_peft_model(build(num_hidden_layers=depth), given) for depth in (4, 6)]
+    for model, depth in zip(models, (4, 6), strict=True):
+        assert model.base_model.block_names() == [f"model.layers.{index}" for index in range(depth)]
+        with model.base_model.sampling(NoiseKey(1), 2):
+            assert len(model(**batch()).logits) == 2 * len(batch()["input_ids"])
+
+
+def test_names_of_a_shallower_model_where_blocks_are_hidden() -> None:
+    """A copied configuration brings the names of the model that it came from: they are not all of a deeper one's."""
+    given = config()
+    get_peft_model(build(num_hidden_layers=4), given)
+    for depth in (4, 6):
+        model = build(num_hidden_layers=depth)
+        for index in range(depth):
+            model.model.layers[index] = torch.compile(model.model.layers[index], backend="eager")
+        copied = copy.deepcopy(given)
+        if depth == 4:
+            assert len(sites(get_peft_model(model, copied))) == 4
+            continue
+        with pytest.raises(ValueError, match="block_names=None: found 0 lists of 6 decoder blocks"):
+            get_peft_model(model, copied)
 
 
 def test_a_saved_configuration_for_a_deeper_model(tmp_path: Path) -> None:
