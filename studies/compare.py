@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -56,6 +56,7 @@ class Row:
         spread: standard deviation over seeds; None with fewer than two, and for the base.
         difference: to the reference over the seeds of both; None for the reference itself and while pending.
         p: of the difference, after Holm's correction over the arms of this size and measure.
+        missing: number of the study's seeds that the difference lacks: not run yet, or diverged.
     """
 
     arm: str
@@ -64,6 +65,7 @@ class Row:
     spread: float | None = None
     difference: Difference | None = None
     p: float | None = None
+    missing: int = 0
 
     def verdict(self, measure: Measure) -> str:
         """What the numbers support, in a word or three: a difference needs p below the level after correction, and the
@@ -73,6 +75,8 @@ class Row:
             return "" if self.seeds else "pending"
         if own.seeds < MIN_SEEDS:
             return "too few seeds"
+        if self.missing:
+            return "seeds missing"
         if self.p >= LEVEL or own.seeds not in (own.higher, own.lower):
             return "no difference shown"
         return "better" if (own.value > 0) == measure.rising else "worse"
@@ -171,12 +175,12 @@ def _rows(
     # A pending arm counts as one that shows nothing, so that its result cannot take back a verdict already given.
     p_values = {name: one.p for name, one in differences.items()} | dict.fromkeys(pending, 1.0)
     adjusted = dict(zip(p_values, holm(list(p_values.values())), strict=True))
-    return [
-        Row(row.arm, row.seeds, row.mean, row.spread, differences[row.arm], adjusted[row.arm])
-        if row.arm in differences
-        else row
-        for row in rows
-    ]
+    for index, row in enumerate(rows):
+        if row.arm in differences:
+            own = differences[row.arm]
+            missing = len(results.study.seeds) - own.seeds
+            rows[index] = replace(row, difference=own, p=adjusted[row.arm], missing=missing)
+    return rows
 
 
 def _estimate(

@@ -8,7 +8,8 @@ from studies.compare import Comparison
 from studies.spec import Study
 
 
-_COLOURS = {"better": "#009E73", "worse": "#D55E00", "no difference shown": "#0072B2", "too few seeds": "#999999"}
+_COLOURS = {"better": "#009E73", "worse": "#D55E00", "no difference shown": "#0072B2"}
+_WITHOUT_VERDICT = "#999999"
 
 
 def draw(comparison: Comparison, study: Study, path: Path) -> None:
@@ -35,7 +36,7 @@ def draw(comparison: Comparison, study: Study, path: Path) -> None:
                 own.annotate("pending", (0, place), ha="center", va="center", fontsize=7, color="#777777")
                 continue
             low, high = row.difference.value - row.difference.low, row.difference.high - row.difference.value
-            colour = _COLOURS[row.verdict(measure)]
+            colour = _COLOURS.get(row.verdict(measure), _WITHOUT_VERDICT)
             own.errorbar(
                 [row.difference.value], [place], xerr=[[max(low, 0)], [max(high, 0)]], fmt="o", color=colour, capsize=3
             )

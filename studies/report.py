@@ -20,9 +20,9 @@ from pathlib import Path
 from studies.compare import compare
 from studies.load import close_to, load_study
 from studies.picture import draw
-from studies.results import read_results, results_path
+from studies.results import read_results, result_files
 from studies.spec import Study
-from studies.store import write_text
+from studies.store import write_lines, write_text
 from studies.tables import method_section, study_section
 
 
@@ -38,8 +38,7 @@ def write_report(studies: Sequence[Study], docs: Path) -> list[Path]:
     archive = docs / "results"
     parts, paths = ["# Results of the studies", method_section()], [docs / "results.md"]
     for study in studies:
-        source = results_path(study, archive)
-        results = read_results(study, source)
+        results = read_results(study, *result_files(study, archive))
         sizes = [size for size in study.sizes if any(place[1] == size for place in results.lines)]
         comparisons = [compare(results, size) for size in sizes]
         pictures = {}
@@ -52,8 +51,8 @@ def write_report(studies: Sequence[Study], docs: Path) -> list[Path]:
         write_text(archive / f"{study.name}.json", json.dumps(content, indent=2) + "\n")
         paths.append(archive / f"{study.name}.json")
         copy = archive / f"{study.name}.jsonl"
-        if source.is_file() and source != copy:
-            write_text(copy, source.read_text(encoding="utf-8"))
+        if results.lines:
+            write_lines(copy, results.in_order())
             paths.append(copy)
         parts.append(study_section(results, comparisons, pictures))
     write_text(paths[0], "\n\n".join(parts) + "\n")

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from studies.measure import unpack
+from studies.plan import cells, trial_jobs
 from studies.spec import Arm, Study
-from studies.store import Store, cell_key, read_lines, training_keys
+from studies.store import ARCHIVE, Store, cell_key, read_lines, training_keys
 
 
 Array = NDArray[np.float64]
@@ -37,6 +38,11 @@ class Results:
         if arm.untrained:
             return list(self.study.seeds) if (arm.name, None, None) in self.lines else []
         return [seed for seed in self.study.seeds if (arm.name, size, seed) in self.lines]
+
+    def in_order(self) -> list[dict[str, Any]]:
+        """All lines, in the order in which a run writes them."""
+        places = [(cell.arm.name, cell.size, cell.seed) for cell in cells(self.study)]
+        return [self.lines[place] for place in places if place in self.lines]
 
     def line(self, arm: Arm, size: int, seed: int) -> dict[str, Any]:
         """One finished cell."""
@@ -74,43 +80,51 @@ def _values(text: str, what: str) -> Array:
     return unpack(text)
 
 
-def results_path(study: Study, archive: Path) -> Path:
-    """The study's results: what its runs wrote, or the copy that `archive` holds."""
-    own = Store(study.output_dir).results(study)
-    return own if own.is_file() else archive / f"{study.name}.jsonl"
+def result_files(study: Study, archive: Path) -> list[Path]:
+    """Files that may hold cells of a study, those of its own runs last."""
+    return [folder / f"{study.name}.jsonl" for folder in (ARCHIVE, archive)] + [Store(study.output_dir).results(study)]
 
 
-def read_results(study: Study, path: Path) -> Results:
-    """Read a study's results; a missing file is a study that has not begun.
+def read_results(study: Study, *paths: Path) -> Results:
+    """Read a study's results; a missing file holds nothing.
+
+    Args:
+        study: as declared.
+        paths: where cells stand; of two that are the same place of the table, that of the later file counts.
 
     Raises:
         ValueError: two cells were not scored on the same items.
     """
     lines: dict[tuple[str, int | None, int | None], dict[str, Any]] = {}
-    stale = 0
-    for line in read_lines(path):
-        if not _is_current(study, line):
-            stale += 1
-            continue
-        lines[line["arm"], line["size"], line["seed"]] = line
+    stale = set()
+    for line in (line for path in paths for line in read_lines(path)):
+        place = (line["arm"], line["size"], line["seed"])
+        if _is_current(study, line):
+            lines[place] = line
+        else:
+            stale.add(place)
     items: dict[str, str] = {}
     for (arm, _, _), line in lines.items():
         for tasks in line["sets"].values():
             for name, task in tasks.items():
                 if items.setdefault(name, task["items"]) != task["items"]:
-                    raise ValueError(f"{path}: {arm!r} was scored on other items of {name!r} than the cells before it")
-    return Results(study, lines, stale)
+                    raise ValueError(f"{study.name}: {arm!r} was scored on other items of {name!r} than earlier cells")
+    return Results(study, lines, len(stale - set(lines)))
 
 
 def _is_current(study: Study, line: dict[str, Any]) -> bool:
+    """Whether a cell is what the study would make: its setting, and the trials that chose it."""
     arm = next((arm for arm in study.arms if arm.name == line["arm"]), None)
     if arm is None:
         return False
     trained: tuple[str, ...] = ()
     if not arm.untrained:
-        if line["size"] not in study.sizes or line["seed"] not in study.seeds or line["trial"] >= len(arm.trials):
+        size, seed, trial = line["size"], line["seed"], line["trial"]
+        if size not in study.sizes or seed not in study.seeds or trial >= len(arm.trials):
             return False
-        trained = training_keys(study, arm, line["size"], line["seed"], line["trial"])
+        if list(line["trial_runs"]) != [job.key for job in trial_jobs(study, arm, size)]:
+            return False
+        trained = training_keys(study, arm, size, seed, trial)
     return bool(line["cell_hash"] == cell_key(study, arm, trained))
 
 

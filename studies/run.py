@@ -23,11 +23,10 @@ from studies.jobs import run_job
 from studies.load import close_to, load_study
 from studies.plan import Work, adopt, cells, finished_cells, next_job, remaining, work_of
 from studies.spec import Study
-from studies.store import Store, locked, read_lines, write_text
+from studies.store import ARCHIVE, Store, locked, read_lines, write_text
 from studies.workers import Do, Outcome, Workers
 
 
-ARCHIVE = Path(__file__).parents[1] / "docs" / "results"
 """Where `studies.report` copies the results to."""
 
 TRIES = 2

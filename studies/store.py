@@ -6,9 +6,9 @@
     OUTPUT_DIR/failures/KEY.txt   why a job failed
     OUTPUT_DIR/NAME.jsonl         the cells of the study NAME as it stands, one line each
 
-A key is a hash of what the study says, the data and the base, so a changed study keeps what it still needs, and
-studies with one output_dir share what they have in common. It does not know the defaults of fields that the study
-leaves out.
+A key is a hash of what the study says, the data and the base's weights, so a changed study keeps what it still needs,
+and studies with one output_dir share what they have in common. It does not know the defaults of fields that the study
+leaves out, the base's tokenizer, nor how evals/reasoning generates: begin a new output_dir where one of these changes.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ from typing import Any
 
 from dip_hf.reasoning import FAMILIES
 from studies.spec import Arm, Study
+
+
+ARCHIVE = Path(__file__).parents[1] / "docs" / "results"
+"""Copies of the results, NAME.jsonl, that came with the repository."""
 
 
 def digest(content: Any) -> str:
@@ -148,10 +152,15 @@ class Store:
     def write_results(self, study: Study, cells: list[dict[str, Any]]) -> Path:
         """Write `results`, one line per cell."""
         path = self.results(study)
-        write_text(path, "".join(json.dumps(cell, allow_nan=False) + "\n" for cell in cells))
+        write_lines(path, cells)
         return path
 
 
+def write_lines(path: Path, cells: list[dict[str, Any]]) -> None:
+    """Write finished cells, one line each."""
+    write_text(path, "".join(json.dumps(cell, allow_nan=False) + "\n" for cell in cells))
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """What `Store.write_results` wrote, or a copy of it; nothing where there is no file."""
+    """What `write_lines` wrote; nothing where there is no file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []

@@ -51,9 +51,10 @@ def method_section() -> str:
             "## How to read this",
             "A cell is an arm, a data size and a seed. The seed draws the training examples, the initialisation and "
             "the order of the data, alike for all arms. Every arm that chooses between settings has the same number "
-            "of trials; the setting with the highest teacher-forced exact match on the validation split (ties: lowest "
-            "negative log-likelihood), averaged over the selection seeds, is run with all seeds, and each of these "
-            "runs is scored once on the test split, but for a study of settings, which says so.",
+            "of trials; one that starts from what another arm's trials chose has had those too. The setting with the "
+            "highest teacher-forced exact match on the validation split (ties: lowest negative log-likelihood), "
+            "averaged over the selection seeds, is run with all seeds, and each of these runs is scored once on the "
+            "test split, but for a study of settings, which says so.",
             "Accuracy is the share of generated answers that reasoning-gym's own scorer gives full marks, the mean "
             "over families; ± is the standard deviation over seeds. A difference is to the reference arm with the "
             f"same seeds and items. Its 95% basic interval comes from {RESAMPLES:,} two-way bootstrap "
@@ -64,11 +65,12 @@ def method_section() -> str:
             "the larger one of the bootstrap's and a paired t-test's over seeds, without which a table of many arms "
             "with five seeds would often show some difference where there is none, and is corrected by Holm over "
             "the arms of a table, of which those that are pending count with p = 1. A verdict takes "
-            f"p < {LEVEL:g} after that and the same sign in every seed, of at least {MIN_SEEDS}. NLL is that "
-            "of the reference answer with its end (a palindrome may have several right ones); ECE has "
-            f"{BINS} bins of equal width, and that of a finite sample is too high, most for a well calibrated arm, "
-            "for which the basic interval corrects in part. Confidence (that in the model's own answer), its Brier "
-            "score and AUROC (right against wrong answers) have no interval.",
+            f"p < {LEVEL:g} after that, all of the study's seeds, at least {MIN_SEEDS}, so that none is left out "
+            "whose training diverged, and the same sign in each. NLL is that of the reference answer with its end "
+            f"(a palindrome may have several right ones); ECE has {BINS} bins of equal width, and that of a finite "
+            "sample is too high, most for a well calibrated arm, for which the basic interval corrects in part. "
+            "Confidence (that in the model's own answer), its Brier score and AUROC (right against wrong answers) "
+            "have no interval.",
             "Robustness, smoothness and reconstruction are teacher-forced and of one noise-free pass, so that they "
             "leave out arms that predict by samples, an ensemble or at a temperature; they have no interval. "
             "Training time is measured with other runs at work beside it, and not always on the same machine, so its "

@@ -47,6 +47,11 @@ class StudyConfig(DIPSFTConfig):
                 f"rdrop_weight={self.rdrop_weight} has a loss of its own, without label smoothing: set "
                 "label_smoothing_factor to 0"
             )
+        if self.rdrop_weight > 0 and (self.padding_free or self.packing):
+            raise ValueError(
+                f"rdrop_weight={self.rdrop_weight} repeats rows, of which a batch without padding has one: set "
+                "padding_free and packing to false"
+            )
         if self.rdrop_weight > 0 and (self.dres_weight > 0 or self.icp_weight > 0):
             raise ValueError(f"rdrop_weight={self.rdrop_weight} is a baseline: set dres_weight and icp_weight to 0")
 
@@ -60,7 +65,7 @@ def trainer_class(config: StudyConfig) -> type[DIPSFTTrainer]:
 
 class SAMTrainer(DIPSFTTrainer):
     """Sharpness-aware minimisation (Foret et al., arXiv 2010.01412, Eq. 2 and 4): the step is made with the gradient
-    at w + ρ g/‖g‖, where g is the gradient at w.
+    at w + ρ g/‖g‖, where g is the gradient at w. Both draw their own dropout and noise.
 
     Libraries' SAM optimisers need a closure or two calls for a step, and Trainer makes one call without a closure; so
     the second gradient is taken here, in the training step.

@@ -98,8 +98,10 @@ class Workers:
         return [worker.job for worker in self._workers if worker.job is not None]
 
     def submit(self, job: Job) -> None:
-        """Give a job to an idle worker."""
-        worker = next(worker for worker in self._workers if worker.job is None)
+        """Give a job to an idle worker, or to another in the place of one that has died."""
+        index, worker = next((i, worker) for i, worker in enumerate(self._workers) if worker.job is None)
+        if not worker.process.is_alive():
+            worker = self._workers[index] = self._start(index)
         worker.job = job
         worker.connection.send(job)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from functools import cached_property
 from types import TracebackType
 from typing import Any
 
@@ -28,6 +29,9 @@ try:
     from lm_eval.models.huggingface import HFLM
 except ImportError as error:
     raise ImportError("dip_hf.evaluation needs lm-eval: pip install 'dip_hf[eval]'") from error
+
+
+_LETTER = "x"  # stands for a text that another one continues
 
 
 class NextSampling(LogitsProcessor):
@@ -71,7 +75,7 @@ class DIPLM(HFLM):
         pretrained: as in `hf`: a folder, a name on the Hub, or a loaded model.
         num_samples: k samples of a DIPNet adapter's noise and posterior, or of dropout, whose probabilities are
             averaged. 0 is `hf` itself: noise-free, by the posterior's mean (unless the adapter was saved with
-            `noise_in_eval=True`).
+            `noise_in_eval=True`); but generated texts keep a leading space with every tokenizer.
         noise_seed: samples are a function of this seed; those of noise and dropout, of the order of calls too.
         dropout: sample a LoRA adapter's dropout.
         temperature: logits are divided by it; greedy generation stays as it is.
@@ -164,6 +168,27 @@ class DIPLM(HFLM):
             )
         return generated[:batch]
 
+    def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str:
+        """As `hf`'s; a generated text keeps its leading space, which SentencePiece's decoders take for their own."""
+        text: str = super().tok_decode(tokens, skip_special_tokens)
+        if self._drops_space and isinstance(tokens, list):
+            head = self.tok_encode(_LETTER, add_special_tokens=False)
+            behind: str = super().tok_decode(head + tokens, skip_special_tokens)
+            return behind.removeprefix(super().tok_decode(head, skip_special_tokens))
+        return text
+
+    @cached_property
+    def _drops_space(self) -> bool:
+        """Whether the tokenizer decodes the end of "x x" without its space, as Llama 2's and Mistral's do."""
+        return super().tok_decode(self._continuation(f" {_LETTER}")) == _LETTER
+
+    def _continuation(self, text: str) -> list[int]:
+        """Tokens of a text behind others: without the space that some tokenizers put in front of every text."""
+        head, both = (self.tok_encode(part, add_special_tokens=False) for part in (_LETTER, _LETTER + text))
+        if both[: len(head)] == head:
+            return both[len(head) :]
+        return self.tok_encode(text, add_special_tokens=False)  # its beginning merges with a letter before it
+
     def answer_log_probabilities(
         self, answers: Sequence[tuple[str, str, Sequence[str]]], disable_tqdm: bool = False
     ) -> list[float]:
@@ -195,7 +220,7 @@ class DIPLM(HFLM):
 
     def _ends(self, until: Sequence[str]) -> list[list[int]]:
         """Token sequences that end an answer, none the beginning of another, so that they exclude each other."""
-        encoded = [self.tok_encode(stop, add_special_tokens=False) for stop in until]
+        encoded = [self._continuation(stop) for stop in until]
         ends: list[list[int]] = []
         for end in sorted([[self.eot_token_id], *encoded], key=len):
             if end and not any(end[: len(other)] == other for other in ends):

@@ -99,7 +99,7 @@ def evaluate_checkpoints(
 
 
 def load_model(settings: EvaluationSettings, checkpoint: Checkpoint) -> DIPLM:
-    """A checkpoint as it predicts, with the tokenizer saved beside its (first) adapter, or else the base's.
+    """A checkpoint as it predicts, with the tokenizer saved beside it (its first adapter), or else the base's.
 
     The base is loaded anew for each: taking an adapter off again is exact for some kinds of adapter only.
 
@@ -110,6 +110,8 @@ def load_model(settings: EvaluationSettings, checkpoint: Checkpoint) -> DIPLM:
     if checkpoint.path is not None and not checkpoint.is_adapter:
         field, base = f"checkpoints: {checkpoint.name}", checkpoint.path
     tokenizer = _own_tokenizer(checkpoint)
+    if tokenizer is None and base != settings.model:
+        tokenizer = settings.model
     try:
         return DIPLM(
             pretrained=base,
@@ -128,8 +130,8 @@ def load_model(settings: EvaluationSettings, checkpoint: Checkpoint) -> DIPLM:
 
 
 def _own_tokenizer(checkpoint: Checkpoint) -> Any | None:
-    """The tokenizer saved beside a checkpoint's (first) adapter, whose end of text may be another than the base's."""
-    if not checkpoint.is_adapter or not (Path(checkpoint.folders[0]) / "tokenizer_config.json").is_file():
+    """The tokenizer saved beside a checkpoint (its first adapter), whose end of text may not be the base's."""
+    if checkpoint.path is None or not (Path(checkpoint.folders[0]) / "tokenizer_config.json").is_file():
         return None
     try:
         return AutoTokenizer.from_pretrained(checkpoint.folders[0])
@@ -137,7 +139,7 @@ def _own_tokenizer(checkpoint: Checkpoint) -> Any | None:
         reason = str(error).partition("\n")[0]
         raise ValueError(
             f"checkpoints: {checkpoint.name}: the tokenizer in {checkpoint.folders[0]} cannot be loaded ({reason}): "
-            "save the adapter again, or remove its tokenizer's files, and the base's is taken"
+            "save it again, or remove its tokenizer's files, and the base's is taken"
         ) from error
 
 

@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from lm_eval.api.instance import Instance
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dip_hf.evaluation.calibration import TEMPERATURES
 from dip_hf.evaluation.likelihoods import (
@@ -70,6 +73,43 @@ def test_a_stop_sequence_that_begins_with_another_is_not_counted_twice(base_fold
     one = model.answer_log_probabilities([(PROMPTS[0], " 16", ("\n",))], disable_tqdm=True)
     two = model.answer_log_probabilities([(PROMPTS[0], " 16", ("\n\n", "\n", "\n"))], disable_tqdm=True)
     assert math.isclose(one[0], two[0], rel_tol=1e-5)
+
+
+def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a letter, as Llama 2's does it: a space before every text, of which the decoder takes one away."""
+    letters = ["<s>", "</s>", *(f"<0x{code:02X}>" for code in range(256)), "▁", *map(chr, range(33, 127))]
+    tokenizer = Tokenizer(
+        models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[], byte_fallback=True)
+    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+
+
+def test_a_tokenizer_whose_decoder_takes_a_leading_space_away() -> None:
+    """A model that knows one answer is sure of it, and its own answer is the reference's."""
+    tokenizer, prompt = sentencepiece_tokenizer(), PROMPTS[0]
+    text = torch.tensor([[*tokenizer(f"{prompt} 16").input_ids, tokenizer.eos_token_id]])
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **sizes))
+    optimizer = torch.optim.Adam(base.parameters(), 1e-2)
+    for _ in range(100):
+        base(input_ids=text, labels=text).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model = DIPLM(pretrained=base.eval(), tokenizer=tokenizer, device="cpu", batch_size=1)
+    settings = {"until": ["\n"], "max_gen_toks": 8, "do_sample": False}
+    request = Instance("generate_until", {}, (prompt, settings), 0)
+    (answer,) = model.generate_until([request], disable_tqdm=True)
+    assert answer == " 16"
+    sample = {"arguments": [request.args], "resps": [[answer]], "target": "16"}
+    task = SimpleNamespace(OUTPUT_TYPE="generate_until", config=SimpleNamespace(target_delimiter=" "))
+    (confidence,), (nll,) = score_answers(model, task, [sample], "exact_match")
+    assert confidence > 0.9 and math.isclose(confidence, math.exp(-nll), rel_tol=1e-4)
+    assert model._ends(["\n", "Question:"]) == [[1], [2 + 10], tokenizer("xQuestion:").input_ids[2:]]
 
 
 def test_choices_are_a_softmax() -> None:

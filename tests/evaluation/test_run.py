@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dip_hf.evaluation.checkpoints import Checkpoint, weight_digests
 from dip_hf.evaluation.report import make_report
@@ -138,6 +138,16 @@ def test_an_adapters_own_tokenizer_says_where_a_text_ends(
         assert model.eot_token_id == model.tokenizer.convert_tokens_to_ids(end)
 
 
+def test_a_whole_model_without_a_tokenizer_takes_the_bases(base_folder: str, tmp_path: Path) -> None:
+    """As full fine-tuning leaves it that saves the model alone."""
+    AutoModelForCausalLM.from_pretrained(base_folder).save_pretrained(tmp_path)
+    for end in ("<|end|>", "!"):
+        model = load_model(settings_for(base_folder), Checkpoint("full", str(tmp_path)))
+        assert model.tokenizer.eos_token == end
+        own = AutoTokenizer.from_pretrained(base_folder, eos_token="!")
+        own.save_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 @pytest.mark.parametrize("content", ["{", "[]"])
 def test_a_damaged_tokenizer_of_an_adapter_is_named(
@@ -146,7 +156,7 @@ def test_a_damaged_tokenizer_of_an_adapter_is_named(
     own = shutil.copytree(lora_folder, tmp_path / "own")
     AutoTokenizer.from_pretrained(base_folder).save_pretrained(own)
     (own / name).write_text(content)
-    with pytest.raises(ValueError, match=rf"^checkpoints: one: the tokenizer in {own} cannot be loaded.*save the"):
+    with pytest.raises(ValueError, match=rf"^checkpoints: one: the tokenizer in {own} cannot be loaded.*save it"):
         load_model(settings_for(base_folder), Checkpoint("one", str(own)))
 
 

@@ -1,6 +1,7 @@
 """The report on made-up cells whose differences are known."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from studies.report import main, write_report
 from studies.results import read_results, time_ratio
 from studies.spec import Study
 from studies.statistics import Difference
-from studies.store import Store
+from studies.store import Store, write_lines
 from tests.studies.support import finish_cells, finish_trials, small_study, write_study
 
 
@@ -126,6 +127,22 @@ def test_a_verdict_needs_the_same_sign_in_every_seed() -> None:
         assert mixed.verdict(ACCURACY) == "no difference shown"
 
 
+def test_an_arm_that_lacks_a_seed_gets_no_verdict(finished: tuple[Study, Store], tmp_path: Path) -> None:
+    """It may have diverged there."""
+    _, store = finished
+    more = small_study(tmp_path, arms=ARMS, seeds=[0, 1, 2, 3])
+    finish_cells(more, store, {"lora": 0.5, "bad": 0.2}, seeds=(3,))
+    store.write_results(more, finished_cells(more, store))
+    rows = {row.arm: row for row in _compare(more, store).rows[ACCURACY]}
+    assert {name: row.verdict(ACCURACY) for name, row in rows.items() if name in ("base", "good", "bad")} == {
+        "base": "worse",
+        "good": "seeds missing",
+        "bad": "worse",
+    }
+    assert rows["good"].missing == 1 and rows["good"].seeds == 3
+    write_report([more], tmp_path / "docs")  # draws it too
+
+
 def test_the_files_of_a_report(finished: tuple[Study, Store], tmp_path: Path) -> None:
     study, store = finished
     docs = tmp_path / "docs"
@@ -179,6 +196,44 @@ def test_cells_of_an_earlier_declaration_are_left_out(finished: tuple[Study, Sto
     assert results.stale == 3 and results.seeds(changed.arm("good"), 8) == []
     write_report([changed], tmp_path / "docs")
     assert "3 finished cells of an earlier declaration are left out" in (tmp_path / "docs" / "results.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "trials",
+    [
+        [{"noise_scale": 0.2}, {"noise_scale": 0.3}],
+        [{"noise_scale": 0.3}],
+        [{"noise_scale": 0.3}, {"noise_scale": 0.1}],
+    ],
+    ids=["another", "one", "order"],
+)
+def test_cells_whose_setting_was_chosen_among_others_are_left_out(
+    finished: tuple[Study, Store], tmp_path: Path, trials: list[dict[str, float]]
+) -> None:
+    """The report says what was tried: never what this declaration would have tried."""
+    _, store = finished
+    changed = small_study(tmp_path, arms={**ARMS, "good": {"adapter": "dipnet", "trials": trials}}, seeds=[0, 1, 2])
+    results = read_results(changed, store.results(changed))
+    assert results.stale == 3 and results.seeds(changed.arm("lora"), 8) == [0, 1, 2]
+    more = small_study(tmp_path, arms=ARMS, seeds=[0, 1, 2], selection={"seeds": [0, 1], "examples": 4})
+    assert read_results(more, store.results(more)).stale == 9
+
+
+def test_what_is_here_and_what_came_with_the_repository_are_put_together(
+    finished: tuple[Study, Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of a few cells never replaces a copy that has more; nor does a copy hide what was run since."""
+    study, store = finished
+    lines = [json.loads(line) for line in store.results(study).read_text().splitlines()]
+    archive, docs = tmp_path / "archive", tmp_path / "docs"
+    monkeypatch.setattr("studies.results.ARCHIVE", archive)
+    write_lines(archive / "study.jsonl", lines[2:])
+    store.write_results(study, lines[:4])
+    write_report([study], docs)
+    assert [json.loads(line) for line in (docs / "results" / "study.jsonl").read_text().splitlines()] == lines
+    shutil.rmtree(store.folder)  # as in a fresh clone
+    write_report([study], tmp_path / "elsewhere")
+    assert "8 of 13 cells are finished" in (tmp_path / "elsewhere" / "results.md").read_text()
 
 
 def test_cells_scored_on_other_items_are_refused(finished: tuple[Study, Store]) -> None:

@@ -103,6 +103,8 @@ def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
     for options, message in (
         ({"sam_rho": 0.1, "gradient_accumulation_steps": 2}, "gradient_accumulation_steps to 1"),
         ({"rdrop_weight": 1.0, "icp_weight": 0.5}, "set dres_weight and icp_weight to 0"),
+        ({"rdrop_weight": 1.0, "padding_free": True}, "set padding_free and packing to false"),
+        ({"rdrop_weight": 1.0, "packing": True}, "set padding_free and packing to false"),
         ({"rdrop_weight": float("nan")}, "rdrop_weight=nan must not be negative"),
     ):
         with pytest.raises(ValueError, match=message):
