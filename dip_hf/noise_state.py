@@ -29,6 +29,7 @@ class NoiseState:
         trajectories: m, the number of trajectories folded into the batch from the first random block on.
         averaged: whether whoever opened the context makes one output of the m trajectories', as generation needs.
         sampling: whether a `sampling` context is open: noise is then on in evaluation too, under that context's key.
+        generating: whether text is being generated: a model in training mode then draws nothing of its own accord.
         visited: what drew noise outside such a context: who comes again belongs to a new forward pass, which gets a
             new key.
         tokens: number of tokens that the folded blocks see, over all trajectories; 0 before the first folded pass.
@@ -45,6 +46,7 @@ class NoiseState:
     trajectories: int = 1
     averaged: bool = False
     sampling: bool = False
+    generating: bool = False
     visited: set[int] = field(default_factory=set)
     tokens: int = 0
     last_sample: tuple[Tensor, int] | None = None
@@ -65,6 +67,24 @@ class NoiseState:
             yield
         finally:
             self.key, self.posterior_key, self.trajectories, self.averaged, self.sampling, self.log_variances = outer
+
+    def draws(self, training: bool, in_eval: bool) -> bool:
+        """Whether a pass now draws noise or samples.
+
+        Args:
+            training: whether the module is in training mode.
+            in_eval: whether the adapter draws in evaluation too.
+        """
+        return self.sampling or in_eval or (training and not self.generating)
+
+    @contextmanager
+    def generation(self) -> Iterator[None]:
+        """Forward passes inside generate text."""
+        outer, self.generating = self.generating, True
+        try:
+            yield
+        finally:
+            self.generating = outer
 
     @contextmanager
     def masked(self, attention_mask: Tensor | None) -> Iterator[None]:

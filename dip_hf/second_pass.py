@@ -73,6 +73,16 @@ def block_output(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+def is_handed_on(states: Tensor, output: Tensor | None) -> bool:
+    """Whether a block's input is the output of the block before it, or a view of all of it: nothing came between.
+
+    True too where it has other rows: a hook in front has folded trajectories into them.
+    """
+    if states is output:
+        return True
+    return output is not None and (states.shape != output.shape or states.data_ptr() == output.data_ptr())
+
+
 def fit_mask(mask: Tensor, states: Tensor, in_front: bool) -> Tensor:
     """A mask of the batch for hidden states that may have more rows and positions.
 

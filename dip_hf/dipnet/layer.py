@@ -132,17 +132,26 @@ class NoiseSite(nn.Module, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        for values in (self.noise_in_eval, self.seeds):
+        self.forget(adapter_name)
+
+    def forget(self, adapter_name: str) -> None:
+        """Drop what the site holds of an adapter, if anything; which adapters are active stays."""
+        if adapter_name in self.lora_dip_log_variance:
+            del self.lora_dip_log_variance[adapter_name]
+        for values in (self.noise_in_eval, self.seeds, self.frozen_peft_weight_names):
             values.pop(adapter_name, None)
 
     def noised_adapter(self) -> str | None:
         """The adapter whose noise this pass adds: the first active one, or None where noise is off."""
         if self.disable_adapters or self.merged:
             return None
-        for name in self._active_names():
-            if name in self.lora_dip_log_variance:
-                return name if self.training or self.state.sampling or self.noise_in_eval[name] else None
+        for name in self.noisy_adapters()[:1]:
+            return name if self.state.draws(self.training, self.noise_in_eval[name]) else None
         return None
+
+    def noisy_adapters(self) -> list[str]:
+        """The active adapters that have noise here; that of the first is drawn."""
+        return [name for name in self._active_names() if name in self.lora_dip_log_variance]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """u ~ N(v, diag λ) while noise is on, v itself otherwise.

@@ -13,7 +13,7 @@ from dip_hf.dipnet.config import DIPNetConfig
 from dip_hf.dipnet.layer import NoiseSite, random_layers
 from dip_hf.dipnet.saving import SavedLoraModel
 from dip_hf.dipnet.trajectories import check_model, fold_trajectories
-from dip_hf.ibvi.layer import Covariance, active_covariances, make_point
+from dip_hf.ibvi.layer import Covariance, active_covariances, forget_posterior, make_point
 from dip_hf.ibvi.placement import add_posteriors, check_targets
 from dip_hf.noise import NoiseKey
 from dip_hf.noise_state import NoiseState
@@ -72,6 +72,10 @@ class DIPNetModel(SavedLoraModel):
         convert_targets(config, model)
         chosen = self._resolve_blocks(model, config)
         variational = self._resolve_posterior(model, config)
+        for module in model.modules():  # of a base that was adapted before, of which PEFT makes LoRA anew alone
+            forget_posterior(module, adapter_name)
+            if isinstance(module, NoiseSite):
+                module.forget(adapter_name)
         earlier = {name: module for name, module in model.named_modules() if isinstance(module, NoiseSite)}
         super().inject_adapter(
             model,
@@ -173,7 +177,9 @@ class DIPNetModel(SavedLoraModel):
             return super().forward(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As the model's. PEFT calls it for an adapter with a `task_type`, and otherwise the model's own, unchecked.
+        """As the model's, in training mode too without noise, which is on inside `sampling` and with `noise_in_eval`.
+
+        PEFT calls it for an adapter with a `task_type`, and otherwise the model's own.
 
         Raises:
             ValueError: inside `sampling` with several trajectories, whose next tokens would be m for every row.
@@ -184,7 +190,8 @@ class DIPNetModel(SavedLoraModel):
                 f"generate inside sampling(trajectories={m}): a row would get {m} next tokens; generate with "
                 f"trajectories=1, or by the average of {m} with lm-eval's model hf-dip (num_samples={m})."
             )
-        return self.model.generate(*args, **kwargs)
+        with self.noise_state.generation():
+            return self.model.generate(*args, **kwargs)
 
     def block_names(self) -> list[str]:
         """Module names of all decoder blocks, in order of depth."""

@@ -14,7 +14,7 @@ from transformers import Cache
 
 from dip_hf.dres.coded_pass import CodedPass, rerun
 from dip_hf.dres.functional import encode
-from dip_hf.second_pass import Surroundings, block_output
+from dip_hf.second_pass import Surroundings, block_output, is_handed_on
 
 
 @dataclass
@@ -47,11 +47,21 @@ class SequencePass(CodedPass):
             # The first and the last of the block's pre-hooks, so that what the others do is seen.
             handles.append(block.register_forward_pre_hook(self._before_hooks, with_kwargs=True, prepend=True))
             handles.append(block.register_forward_pre_hook(self._after_hooks, with_kwargs=True))
+            handles.append(block.register_forward_hook(self._hand_on))
         handles.append(blocks[-1].register_forward_hook(self._run))
         return handles
 
     def _before_hooks(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.before: Tensor = args[0] if args else kwargs["hidden_states"]
+        if self.calls and not is_handed_on(self.before, self.handed_on):
+            raise ValueError(
+                "dres_placement='sequence': the model changes the hidden states between its blocks (as where features "
+                f"of images enter there), in front of block {len(self.calls)} of dres_blocks, and DReS runs them again"
+                " without that; take later blocks, or use dres_placement='token'."
+            )
+
+    def _hand_on(self, block: nn.Module, args: tuple, output: Any) -> None:
+        self.handed_on = block_output(output)
 
     def _after_hooks(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         names = list(inspect.signature(block.forward).parameters)

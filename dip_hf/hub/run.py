@@ -76,6 +76,11 @@ def read_run(folder: str | Path, base_model: str | None = None, datasets: list[s
         if base_model is None:
             _check_public(str(base), folder)
     else:
+        if others := other_adapters(folder):
+            raise ValueError(
+                f"{folder} holds adapters in folders of their own ({', '.join(others)}), as PEFT saves those that are "
+                f"not called 'default'; give one of these folders, such as {folder / others[0]}"
+            )
         check_checkpoints([Checkpoint("folder", str(folder))], model=str(folder))
         kind, adapter = MODEL, {}
         base = base if base and not Path(str(base)).exists() else base_model
@@ -90,6 +95,12 @@ def read_run(folder: str | Path, base_model: str | None = None, datasets: list[s
         base_model=None if base is None else str(base),
         datasets=tuple(str(name) for name in names),
     )
+
+
+def other_adapters(folder: Path) -> list[str]:
+    """Folders inside a run's that hold an adapter, but for its checkpoints'; PEFT saves one there by its name."""
+    names = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))
+    return [name for name in names if not name.startswith("checkpoint-")]
 
 
 def local_base(base: str, folder: Path) -> Path | None:

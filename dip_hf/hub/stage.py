@@ -15,7 +15,7 @@ from dip_hf.dipnet.export import export_lora
 from dip_hf.hub.card import render_card
 from dip_hf.hub.record import ENVIRONMENT_NAME, TRAINING_NAME, scrub
 from dip_hf.hub.results import PICTURE_NAME, REPORT_NAME, Results, StaleReportError, read_results
-from dip_hf.hub.run import MODEL, FinishedRun, local_base, read_run
+from dip_hf.hub.run import MODEL, FinishedRun, local_base, other_adapters, read_run
 from dip_hf.hub.settings import PushSettings
 
 
@@ -83,6 +83,7 @@ def stage(settings: PushSettings, work: Path, tags: list[str] | None = None) -> 
         _take(run.folder, staging, (name,))
         if name not in staging.files:
             staging.left_out[name] = "the run's folder has none; DIPSFTTrainer.save_model writes it"
+    staging.left_out |= {f"{name}/": "another adapter; push its own folder" for name in other_adapters(run.folder)}
     if results is not None:
         _stage_results(results, settings, work, staging)
     card = render_card(run, settings.repo_id, results, lora, settings.merged, tags or [])

@@ -89,7 +89,7 @@ class Covariance(nn.Module):
     @property
     def sampled(self) -> bool:
         """Whether a forward pass now samples: in training, inside `sampling`, or where evaluation shall, too."""
-        return self.scale > 0 and (self.training or self.state.sampling or self.in_eval)
+        return self.scale > 0 and self.state.draws(self.training, self.in_eval)
 
     def forward(self, x: Tensor, mean: Tensor, position: int) -> Tensor:
         """x (A + Σ_k z_k S_k)ᵀ, with one z per trajectory, shared by its rows and tokens.
@@ -180,6 +180,15 @@ def covariances(module: nn.Module) -> dict[str, Covariance]:
     """The posteriors that a module holds, by adapter; empty where it is no variational LoRA layer."""
     leaves = module._modules.get(COVARIANCE)
     return cast(dict[str, Covariance], leaves._modules) if isinstance(leaves, nn.ModuleDict) else {}
+
+
+def forget_posterior(module: nn.Module, adapter_name: str) -> None:
+    """Drop an adapter's posterior from a layer, if it has one; the LoRA weights stay."""
+    if adapter_name in covariances(module):
+        layer: Any = module
+        del covariances(module)[adapter_name]
+        layer.lora_variant.pop(adapter_name)
+        layer.frozen_peft_weight_names.pop(adapter_name, None)
 
 
 def make_point(module: nn.Module, adapter_name: str) -> None:

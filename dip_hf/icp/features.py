@@ -44,6 +44,7 @@ class ICPRecord:
         features: block index to its output, with gradient.
         backbone: the backbone's call.
         calls: block index to its call, without the hidden states; from the start block on.
+        handed_on: output of the last block that has run, where blocks are to run again one after the other.
     """
 
     start: Surroundings
@@ -52,6 +53,7 @@ class ICPRecord:
     features: dict[int, Tensor] = field(default_factory=dict)
     backbone: Call | None = None
     calls: dict[int, Call] = field(default_factory=dict)
+    handed_on: Tensor | None = None
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from dip_hf.icp.functional import (
 )
 from dip_hf.icp.options import ICPOptions
 from dip_hf.noise import NoiseKey
-from dip_hf.second_pass import Surroundings, block_output, fit_mask
+from dip_hf.second_pass import Surroundings, block_output, fit_mask, is_handed_on
 
 
 _LOSS_SCALE = 2.0**12
@@ -106,6 +106,7 @@ class ICPBranch:
                     # Prepended: in front of hooks that fold and add noise, which will run again on the same arguments.
                     hook = self._watch_block(record, index)
                     remove_later(self.blocks[index].register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
+                    remove_later(self.blocks[index].register_forward_hook(self._hand_on(record)))
             yield record
 
     def loss(
@@ -283,10 +284,25 @@ class ICPBranch:
         def watch(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             if index in record.calls or not torch.is_grad_enabled():
                 return
+            states = hidden_states(Call(args, kwargs))
+            if index > self.options.start_block and not is_handed_on(states, record.handed_on):
+                raise ValueError(
+                    f"icp_start_block={self.options.start_block}: the model changes the hidden states between its "
+                    f"blocks, in front of block {index} (as where features of images enter there), and ICP runs the "
+                    "blocks again without that; set icp_start_block to 0."
+                )
             # A cache, which a plain transformers call makes by default, would be filled a second time.
             uncached = {"past_key_values": None, "use_cache": False}
             kwargs = {name: uncached.get(name, value) for name, value in kwargs.items()}
             record.calls[index] = with_hidden_states(Call(args, kwargs), None)
+
+        return watch
+
+    @staticmethod
+    def _hand_on(record: ICPRecord) -> Callable[[nn.Module, tuple, Any], None]:
+        def watch(block: nn.Module, args: tuple, output: Any) -> None:
+            if torch.is_grad_enabled():
+                record.handed_on = block_output(output)
 
         return watch
 

@@ -50,6 +50,23 @@ def check_trainable(model: nn.Module) -> None:
         )
 
 
+def check_drawn_noise(model: nn.Module) -> None:
+    """
+    Raises:
+        ValueError: log-variances would be trained of an adapter whose noise no pass draws, another one being active
+            before it.
+    """
+    for site in (module for module in model.modules() if isinstance(module, NoiseSite)):
+        drawn, *others = site.noisy_adapters() or [""]
+        for name in others:
+            if site.leaf(name).weight.requires_grad:
+                raise ValueError(
+                    f"active adapters {[drawn, *others]}: block {site.layer} draws the noise of {drawn!r}, the first "
+                    f"of them, so that the noise of {name!r} would be trained without being drawn; activate {name!r} "
+                    f"first or alone, or merge {drawn!r} into the base."
+                )
+
+
 def check_recomputation(trainer: SFTTrainer) -> None:
     """
     Raises:

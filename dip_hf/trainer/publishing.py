@@ -26,13 +26,16 @@ class PublishingTrainer(SFTTrainer):
         **kwargs: as for `SFTTrainer`.
 
     Raises:
-        ValueError: `push_to_hub` is set, but the adapter's base is a local folder, which the push would refuse.
+        ValueError: `push_to_hub` is set, but the push would be refused: the adapter's base is a local folder, or
+            another adapter than "default" is trained, which is saved in a folder of its own.
     """
 
     args: DIPSFTConfig
 
     def __init__(self, model: Any, args: DIPSFTConfig, **kwargs: Any) -> None:
         if args.push_to_hub:
+            if isinstance(model, PeftModel):
+                _check_trained_adapter("push_to_hub=True", model, Path(args.output_dir))
             _check_base(model, kwargs.get("peft_config"), Path(args.output_dir))
         super().__init__(model, args=args, **kwargs)
 
@@ -112,6 +115,8 @@ class PublishingTrainer(SFTTrainer):
         self.save_model(_internal_call=True)
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
+        if isinstance(self.model, PeftModel):
+            _check_trained_adapter("push_to_hub", self.model, Path(self.args.output_dir))
         if not self.is_world_process_zero():
             return None
         self.create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
@@ -140,6 +145,18 @@ class PublishingTrainer(SFTTrainer):
 
     def _tags(self, tags: str | list[str] | None) -> list[str]:
         return [*([tags] if isinstance(tags, str) else tags or []), *self._tag_names]
+
+
+def _check_trained_adapter(asked: str, model: PeftModel, folder: Path) -> None:
+    """Refuse to push a run whose folder holds the adapter that was trained in a folder inside it, as PEFT saves it."""
+    active = model.active_adapters
+    if active != ["default"]:
+        name = active[0] if len(active) == 1 else "NAME"
+        raise ValueError(
+            f"{asked}, but the active adapter is {' and '.join(map(repr, active))}, and a run's is 'default': PEFT "
+            f"saves another one in {folder / name}, which `dip-hf push {folder / name} REPO` pushes; or call it "
+            "'default'"
+        )
 
 
 def _check_base(model: Any, peft_config: PeftConfig | None, folder: Path) -> None:

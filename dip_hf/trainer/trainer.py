@@ -23,6 +23,7 @@ from dip_hf.icp.functional import compared_tokens
 from dip_hf.noise import NoiseKey
 from dip_hf.trainer.checks import (
     check_batch,
+    check_drawn_noise,
     check_no_adapter,
     check_noise_setup,
     check_one_loss_pass,
@@ -99,6 +100,7 @@ class DIPSFTTrainer(PublishingTrainer):
         block_names: list[str] | None = None
         if isinstance(self.model, PeftModel) and isinstance(self.model.base_model, DIPNetModel):
             check_trainable(self.model)
+            check_drawn_noise(self.model)
             check_noise_setup(self, args)
             check_posterior(self.model, args)
             optimizers = kwargs.get("optimizers") or (None, None)
@@ -241,10 +243,13 @@ class DIPSFTTrainer(PublishingTrainer):
         """As Trainer's; a step that an exception cut off is taken up anew, with the numbers of its micro-batches.
 
         Raises:
-            ValueError: the checkpoint's DIPNet adapter is another one than the model's; names the option.
+            ValueError: the checkpoint's DIPNet adapter is another one than the model's; names the option. Or the
+                active adapter, if it is another one by now, cannot be trained with these arguments.
         """
         self._micro_steps[True] = (-1, -1)
         if self.dipnet is not None:
+            check_drawn_noise(self.model)  # another adapter may have been activated since
+            check_posterior(self.model, self.args)
             check_resumed(self.model, resume_from_checkpoint, self.args.output_dir)
             if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # which keep parameters of their own
                 # `evaluate` with bf16_full_eval or fp16_full_eval casts the model for good

@@ -112,3 +112,29 @@ def noisy(model: PeftModel, key: NoiseKey = KEY) -> Tensor:
 
 def sites(model: nn.Module) -> list[NoiseSite]:
     return [module for module in model.modules() if isinstance(module, NoiseSite)]
+
+
+def deepstack(rows: int = 4) -> tuple[tf.PreTrainedModel, dict[str, Tensor]]:
+    """A Qwen3-VL whose image features enter in front of blocks 1, 2 and 3 too, and equal rows with an image each."""
+    text = {"num_hidden_layers": 4, "num_key_value_heads": 1, "head_dim": 8}
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+    vision = {"depth": 3, "num_heads": 2, "patch_size": 4, "num_position_embeddings": 16, "initializer_range": 0.3}
+    size = {"hidden_size": 16, "intermediate_size": 32}
+    tokens = {"image_token_id": 60, "vision_start_token_id": 61, "vision_end_token_id": 62, "video_token_id": 63}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = tf.Qwen3VLConfig(
+            text_config={**text, **size, "vocab_size": 64, "num_attention_heads": 2, "rope_parameters": rope},
+            vision_config={**vision, **size, "out_hidden_size": 16, "deepstack_visual_indexes": [0, 1, 2]},
+            **tokens,
+        )
+        model = tf.Qwen3VLForConditionalGeneration(config).double().train()
+        ids = torch.tensor([[3, 4, 61, 60, 60, 60, 60, 62, 5, 6, 7, 8]]).repeat(rows, 1)
+        pixels = torch.randn(16, 3 * 2 * 4 * 4, dtype=torch.float64).repeat(rows, 1)
+    return model, {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": pixels,
+        "image_grid_thw": torch.tensor([[1, 4, 4]] * rows),
+        "mm_token_type_ids": (ids == 60).int(),
+    }

@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from dip_hf import DIPNetConfig, DIPNetModel
+from dip_hf.ibvi.layer import Covariance
 from tests.dipnet.models import KEY, adapt, batch, build, config, load_base, logits, noisy, sites
 
 
@@ -47,6 +48,24 @@ def test_noise_in_evaluation_where_asked_for(base: str) -> None:
     assert model.base_model.noised_layers() == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("noise_in_eval", [False, True])
+def test_text_generated_in_training_mode(noise_in_eval: bool) -> None:
+    """As a callback does it in the midst of training: by the noise-free pass, and training goes on with noise."""
+    model = adapt(build(), noise_in_eval=noise_in_eval, variational_rank=2, variational_blocks=[1]).train()
+    logits(model)  # measures the scale
+
+    def texts() -> list[Tensor]:
+        return [model.generate(**batch(), max_new_tokens=8, do_sample=False) for _ in range(2)]
+
+    in_training = texts()
+    assert model.training and not torch.equal(logits(model), logits(model))
+    model.eval()
+    assert torch.equal(*in_training) != noise_in_eval
+    assert noise_in_eval or torch.equal(in_training[0], texts()[0])
+    with model.base_model.sampling(KEY):
+        assert not torch.equal(in_training[0], texts()[0])
+
+
 def test_noise_outside_a_trainer_follows_its_seed(base: str) -> None:
     def passes(seed: int) -> list[Tensor]:
         model = adapt(load_base(base), noise_seed=seed).train()
@@ -54,6 +73,27 @@ def test_noise_outside_a_trainer_follows_its_seed(base: str) -> None:
 
     assert all(map(torch.equal, passes(1), passes(1)))
     assert not torch.equal(passes(1)[0], passes(2)[0])
+
+
+def test_a_base_that_was_adapted_before(tmp_path: Path) -> None:
+    """As a notebook's cell is run again with other settings: what the first run left has no part in the second."""
+    base = build()
+    adapt(base, variational_rank=4, variational_scale=2.0, variational_blocks="all", learn_noise=False)
+    again = {"noise_blocks": 1, "noise_scale": 0.3, "variational_rank": 2, "variational_blocks": [0, 1]}
+    with pytest.warns(UserWarning, match="second time"):
+        model = adapt(base, **again).train()
+    tuner = model.base_model
+    assert tuner.noised_layers() == [3] and tuner.variational_layers() == [0, 1]
+    assert {leaf.rank for leaf in model.modules() if isinstance(leaf, Covariance)} == {2}
+    fresh = adapt(build(), **again).train()
+    own = {name: p.requires_grad for name, p in model.named_parameters() if "lora_dip" in name}
+    assert own == {name: p.requires_grad for name, p in fresh.named_parameters() if "lora_dip" in name}
+    drawn = logits(model)  # measures the scale
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build(), tmp_path)
+    assert torch.equal(logits(loaded), logits(model.eval())) and not torch.equal(logits(model), drawn)
+    with pytest.warns(UserWarning, match="second time"):
+        assert adapt(base, noise_blocks=[0]).train().base_model.variational_layers() == []
 
 
 def test_only_lora_and_the_log_variances_are_trained(model: PeftModel) -> None:

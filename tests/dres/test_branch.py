@@ -14,6 +14,7 @@ from dip_hf.dres import coded_pass
 from dip_hf.dres.functional import affine_error
 from dip_hf.dres.sequence_pass import SequencePass
 from dip_hf.dres.token_pass import TokenPass
+from tests.dipnet.models import deepstack
 from tests.dres import oracle
 from tests.dres.support import KEY, PLACEMENTS, assert_close, batch_of, branch_of, gradients, model_of, run
 
@@ -218,3 +219,15 @@ def test_groups_of_a_model_that_is_split_over_devices() -> None:
             assert coded._group(first, order).device == first.device
         errors = {"first": first.sum(), "second": second.sum()}
         assert coded_pass.DReSRecord(errors, 2).error.device == first.device
+
+
+def test_features_of_images_that_enter_between_blocks() -> None:
+    """Coded rows that ran through the blocks one after the other would not see the images."""
+    model, inputs = deepstack()
+    text = {"input_ids": inputs["input_ids"].clamp(max=59), "attention_mask": inputs["attention_mask"]}
+    for blocks, given in ((1, inputs), ("all", text)):
+        record, _ = run(model, branch_of(model, "sequence", blocks=blocks), given)
+        assert record.error < 1e-12  # of equal rows, whatever f is
+    with pytest.raises(ValueError, match=r"dres_placement='sequence': .* in front of block 1 of dres_blocks.*'token'"):
+        run(model, branch_of(model, "sequence", blocks="all"), inputs)
+    run(model, branch_of(model, "token", blocks="all"), inputs)

@@ -13,6 +13,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dip_hf import DIPSFTConfig, DIPSFTTrainer
+from dip_hf.hub import PushSettings
+from dip_hf.hub.stage import stage
 from tests.hub.conftest import BASE
 
 
@@ -58,3 +60,30 @@ def test_what_can_be_pushed_is_not_refused(base_folder: Path, tmp_path: Path, mo
         with pytest.raises(OfflineModeIsEnabled):
             trainer(model, base_folder, tmp_path)
     trainer(str(base_folder), base_folder, tmp_path, push_to_hub=False, peft_config=lora())  # pushed with base_model
+
+
+@pytest.mark.parametrize("name", ["default", "mine"])
+def test_an_adapter_of_another_name_lies_elsewhere(name: str, base_folder: Path, tmp_path: Path) -> None:
+    """What would be pushed is the run's folder, where PEFT leaves "default" as it was, or nothing at all."""
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_folder), lora(), name)
+    if name == "default":
+        model.add_adapter("mine", lora())
+        model.set_adapter("mine")
+    message = r"push_to_hub=True, but the active adapter is 'mine', .* `dip-hf push .*run.mine REPO`"
+    with pytest.raises(ValueError, match=message):
+        trainer(model, base_folder, tmp_path)
+    plain = trainer(model, base_folder, tmp_path, push_to_hub=False)
+    plain.hub_model_id = "you/run"
+    with pytest.raises(ValueError, match="push_to_hub, but the active adapter is 'mine'"):
+        plain.push_to_hub()
+    folder = tmp_path / "run"
+    assert (folder / "mine" / "adapter_model.safetensors").is_file()
+    settings = PushSettings(str(folder), "you/run", base_model=BASE)
+    (tmp_path / "work").mkdir()
+    if name == "default":
+        assert stage(settings, tmp_path / "work").left_out["mine/"] == "another adapter; push its own folder"
+    else:
+        with pytest.raises(ValueError, match=r"run holds adapters in folders of their own \(mine\)"):
+            stage(settings, tmp_path / "work")
+    (tmp_path / "own").mkdir()
+    assert stage(PushSettings(str(folder / "mine"), "you/run", base_model=BASE), tmp_path / "own").files

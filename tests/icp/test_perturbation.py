@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dip_hf.icp import ICPBranch, ICPOptions
 from dip_hf.icp.functional import UPDATES, compared_tokens, perturbation_step, perturbed_tokens
 from dip_hf.noise import NoiseKey
+from tests.dipnet.models import deepstack
 from tests.icp.support import (
     VOCABULARY,
     block_outputs,
@@ -175,3 +176,24 @@ def test_prompt_tuning_from_block_one() -> None:
     branch = ICPBranch(model, ICPOptions())
     with pytest.raises(ValueError, match=r"icp_start_block=0 .* set icp_start_block to 1"), branch.clean():
         task_loss(model, inputs, labels)
+
+
+@pytest.mark.parametrize("start_block", [0, 1, 2, 3])
+def test_features_of_images_that_enter_between_blocks(start_block: int) -> None:
+    """A teacher that ran the blocks one after the other would not see the images."""
+    model, inputs = deepstack()
+    branch = ICPBranch(model, ICPOptions(start_block=start_block, epsilon=1e-9))
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == 60, -100)
+
+    def loss(**more: Tensor) -> float:
+        with branch.clean() as record:
+            task = model(**more, labels=labels, use_cache=False).loss
+        found = branch.loss(record, {**more, "labels": labels}, task)
+        return (found.total / found.tokens).item()
+
+    assert loss(input_ids=inputs["input_ids"].clamp(max=59), attention_mask=inputs["attention_mask"]) < 1e-12
+    if start_block in (0, 3):
+        assert loss(**inputs) < 1e-12
+        return
+    with pytest.raises(ValueError, match=rf"icp_start_block={start_block}: .* of block {start_block + 1} .* to 0"):
+        loss(**inputs)

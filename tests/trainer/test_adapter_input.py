@@ -55,6 +55,28 @@ def test_samples_of_an_adapter_that_is_off(tmp_path: Path) -> None:
     make_trainer(tmp_path, None, ICP, model)
 
 
+def test_noise_that_no_pass_draws(tmp_path: Path) -> None:
+    """A new adapter is trained on top of an old one, which stays active: the first one's noise would be drawn."""
+
+    def stacked(order: list[str], blocks: list[int]) -> Any:
+        model = get_peft_model(base_model(), DIPNetConfig(**LORA, noise_blocks=[0]))
+        model.add_adapter("second", DIPNetConfig(**LORA, noise_blocks=blocks))
+        model.base_model.set_adapter(order)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".second" in name)
+        return model
+
+    message = r"block 0 draws the noise of 'default', .* noise of 'second' would be trained"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, None, model=stacked(["default", "second"], [0, 1]))
+    make_trainer(tmp_path, None, model=stacked(["second", "default"], [0, 1]))
+    make_trainer(tmp_path, None, model=stacked(["default", "second"], [1, 2]))
+    trainer = make_trainer(tmp_path, None, model=stacked(["second", "default"], [0, 1]))
+    trainer.model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+
+
 @pytest.mark.parametrize("options", [DRES, ICP], ids=["dres", "icp"])
 @pytest.mark.parametrize("lora", [MONTECLORA, ALORA], ids=["monteclora_config", "alora_invocation_tokens"])
 def test_second_passes(lora: dict[str, Any], options: dict[str, Any], tmp_path: Path) -> None:
