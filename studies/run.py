@@ -27,8 +27,6 @@ from studies.store import ARCHIVE, Store, locked, read_lines, write_text
 from studies.workers import Do, Outcome, Workers
 
 
-"""Where `studies.report` copies the results to."""
-
 TRIES = 2
 """Times that a job is given out whose worker died; one that raised is given out once."""
 

@@ -170,12 +170,11 @@ class DIPLM(HFLM):
 
     def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str:
         """As `hf`'s; a generated text keeps its leading space, which SentencePiece's decoders take for their own."""
-        text: str = super().tok_decode(tokens, skip_special_tokens)
-        if self._drops_space and isinstance(tokens, list):
-            head = self.tok_encode(_LETTER, add_special_tokens=False)
-            behind: str = super().tok_decode(head + tokens, skip_special_tokens)
-            return behind.removeprefix(super().tok_decode(head, skip_special_tokens))
-        return text
+        if not isinstance(tokens, list) or not self._drops_space:
+            return super().tok_decode(tokens, skip_special_tokens)
+        head = self.tok_encode(_LETTER, add_special_tokens=False)
+        text: str = super().tok_decode(head + tokens, skip_special_tokens)
+        return text.removeprefix(super().tok_decode(head, skip_special_tokens))
 
     @cached_property
     def _drops_space(self) -> bool:

@@ -24,7 +24,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from dip_hf import DIPNetConfig, DIPNetModel
-from dip_hf.ibvi.layer import Covariance
 from tests.dipnet.models import KEY, adapt, batch, build, config, load_base, logits, noisy, sites
 
 
@@ -73,27 +72,6 @@ def test_noise_outside_a_trainer_follows_its_seed(base: str) -> None:
 
     assert all(map(torch.equal, passes(1), passes(1)))
     assert not torch.equal(passes(1)[0], passes(2)[0])
-
-
-def test_a_base_that_was_adapted_before(tmp_path: Path) -> None:
-    """As a notebook's cell is run again with other settings: what the first run left has no part in the second."""
-    base = build()
-    adapt(base, variational_rank=4, variational_scale=2.0, variational_blocks="all", learn_noise=False)
-    again = {"noise_blocks": 1, "noise_scale": 0.3, "variational_rank": 2, "variational_blocks": [0, 1]}
-    with pytest.warns(UserWarning, match="second time"):
-        model = adapt(base, **again).train()
-    tuner = model.base_model
-    assert tuner.noised_layers() == [3] and tuner.variational_layers() == [0, 1]
-    assert {leaf.rank for leaf in model.modules() if isinstance(leaf, Covariance)} == {2}
-    fresh = adapt(build(), **again).train()
-    own = {name: p.requires_grad for name, p in model.named_parameters() if "lora_dip" in name}
-    assert own == {name: p.requires_grad for name, p in fresh.named_parameters() if "lora_dip" in name}
-    drawn = logits(model)  # measures the scale
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(build(), tmp_path)
-    assert torch.equal(logits(loaded), logits(model.eval())) and not torch.equal(logits(model), drawn)
-    with pytest.warns(UserWarning, match="second time"):
-        assert adapt(base, noise_blocks=[0]).train().base_model.variational_layers() == []
 
 
 def test_only_lora_and_the_log_variances_are_trained(model: PeftModel) -> None:

@@ -1,4 +1,5 @@
-"""An adapter trains what LoRA with the same targets trains, experts too; a configuration serves several models."""
+"""An adapter trains what LoRA with the same targets trains, experts too; a configuration serves several models, and a
+base several configurations one after the other."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from dip_hf import DIPNetConfig, export_lora
+from dip_hf.ibvi.layer import Covariance
 from dip_hf.noise import NoiseKey
 from tests.dipnet.models import adapt, batch, build, config, load_base, logits, noisy, sites
 
@@ -119,3 +121,24 @@ def test_a_saved_configuration_for_a_deeper_model(tmp_path: Path) -> None:
 def test_block_names_that_were_given_stay() -> None:
     names = [f"model.layers.{index}" for index in range(3)]
     assert [site.layer for site in sites(adapt(build(), block_names=names, noise_blocks=1))] == [2]
+
+
+def test_a_base_that_was_adapted_before(tmp_path: Path) -> None:
+    """As a notebook's cell is run again with other settings: what the first run left has no part in the second."""
+    base = build()
+    adapt(base, variational_rank=4, variational_scale=2.0, variational_blocks="all", learn_noise=False)
+    again = {"noise_blocks": 1, "noise_scale": 0.3, "variational_rank": 2, "variational_blocks": [0, 1]}
+    with pytest.warns(UserWarning, match="second time"):
+        model = adapt(base, **again).train()
+    tuner = model.base_model
+    assert tuner.noised_layers() == [3] and tuner.variational_layers() == [0, 1]
+    assert {leaf.rank for leaf in model.modules() if isinstance(leaf, Covariance)} == {2}
+    fresh = adapt(build(), **again).train()
+    own = {name: p.requires_grad for name, p in model.named_parameters() if "lora_dip" in name}
+    assert own == {name: p.requires_grad for name, p in fresh.named_parameters() if "lora_dip" in name}
+    drawn = logits(model)  # measures the scale
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build(), tmp_path)
+    assert torch.equal(logits(loaded), logits(model.eval())) and not torch.equal(logits(model), drawn)
+    with pytest.warns(UserWarning, match="second time"):
+        assert adapt(base, noise_blocks=[0]).train().base_model.variational_layers() == []
