@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dip_hf.second_pass import Surroundings, block_output
+from dip_hf.second_pass import Surroundings, block_output, is_handed_on
 
 
 class Call(NamedTuple):
@@ -88,6 +88,74 @@ def keep_outputs(blocks: Mapping[int, nn.Module], into: dict[int, Tensor], with_
         for index, block in blocks.items():
             remove_later(block.register_forward_hook(keep(index)))
         yield
+
+
+def watch_backbone(
+    record: ICPRecord, start_block: int, surroundings: Callable[[], Surroundings]
+) -> Callable[[nn.Module, tuple, dict[str, Any]], None]:
+    """A pre-hook that records the backbone's first call with gradient.
+
+    Args:
+        record: where to.
+        start_block: 0 for the embeddings, so that the teacher's pass begins with this call.
+        surroundings: takes down the present ones.
+
+    Raises:
+        ValueError: by the hook, where the blocks cannot be run a second time on the same arguments.
+    """
+
+    def watch(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if record.backbone is not None or not torch.is_grad_enabled():
+            return
+        if kwargs.get("past_key_values") is not None:
+            raise ValueError(
+                "icp_weight: ICP runs the blocks twice, and cannot with past_key_values, which a prefix-tuning "
+                "adapter passes; use an adapter without a cache, such as LoRA, or set icp_weight to 0."
+            )
+        if start_block == 0:
+            if kwargs.get("inputs_embeds") is not None:
+                raise ValueError(
+                    "icp_start_block=0 perturbs what the model makes of input_ids, but it is given inputs_embeds "
+                    "(a prompt-learning adapter does that); set icp_start_block to 1 or more."
+                )
+            record.rerun = surroundings()
+        record.backbone = Call(args, kwargs)
+
+    return watch
+
+
+def watch_block(record: ICPRecord, index: int, start_block: int) -> Callable[[nn.Module, tuple, dict[str, Any]], None]:
+    """A pre-hook that records the first call with gradient of block `index`, without its cache.
+
+    Raises:
+        ValueError: by the hook, where its input is not the output of the block in front of it, as `watch_output` saw.
+    """
+
+    def watch(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if index in record.calls or not torch.is_grad_enabled():
+            return
+        if index > start_block and not is_handed_on(hidden_states(Call(args, kwargs)), record.handed_on):
+            raise ValueError(
+                f"icp_start_block={start_block}: the model changes the hidden states between its blocks, in front of "
+                f"block {index} (as where features of images enter there), and ICP runs the blocks again without "
+                "that; set icp_start_block to 0."
+            )
+        # A cache, which a plain transformers call makes by default, would be filled a second time.
+        uncached = {"past_key_values": None, "use_cache": False}
+        kwargs = {name: uncached.get(name, value) for name, value in kwargs.items()}
+        record.calls[index] = with_hidden_states(Call(args, kwargs), None)
+
+    return watch
+
+
+def watch_output(record: ICPRecord) -> Callable[[nn.Module, tuple, Any], None]:
+    """A hook that takes down what a block has handed on to the next one."""
+
+    def watch(block: nn.Module, args: tuple, output: Any) -> None:
+        if torch.is_grad_enabled():
+            record.handed_on = block_output(output)
+
+    return watch
 
 
 def evenly_spaced(start: int, depth: int, n: int) -> list[int]:

@@ -20,6 +20,9 @@ from dip_hf.icp.features import (
     hidden_states,
     keep_outputs,
     removed_on_exit,
+    watch_backbone,
+    watch_block,
+    watch_output,
     with_hidden_states,
 )
 from dip_hf.icp.functional import (
@@ -32,7 +35,7 @@ from dip_hf.icp.functional import (
 )
 from dip_hf.icp.options import ICPOptions
 from dip_hf.noise import NoiseKey
-from dip_hf.second_pass import Surroundings, block_output, fit_mask, is_handed_on
+from dip_hf.second_pass import Surroundings, block_output, fit_mask
 
 
 _LOSS_SCALE = 2.0**12
@@ -99,14 +102,15 @@ class ICPBranch:
         """
         record = ICPRecord(start=self._surroundings())
         with keep_outputs(self._compared(), record.features, with_grad=True), removed_on_exit() as remove_later:
-            remove_later(self.backbone.register_forward_pre_hook(self._watch_backbone(record), with_kwargs=True))
+            watch = watch_backbone(record, self.options.start_block, self._surroundings)
+            remove_later(self.backbone.register_forward_pre_hook(watch, with_kwargs=True))
             remove_later(self._hook_site(self._open_site(record)))
             if self.options.start_block > 0:
                 for index in range(self.options.start_block, len(self.blocks)):
                     # Prepended: in front of hooks that fold and add noise, which will run again on the same arguments.
-                    hook = self._watch_block(record, index)
+                    hook = watch_block(record, index, self.options.start_block)
                     remove_later(self.blocks[index].register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
-                    remove_later(self.blocks[index].register_forward_hook(self._hand_on(record)))
+                    remove_later(self.blocks[index].register_forward_hook(watch_output(record)))
             yield record
 
     def loss(
@@ -259,52 +263,6 @@ class ICPBranch:
             return record.site
 
         return open_once
-
-    def _watch_backbone(self, record: ICPRecord) -> Callable[[nn.Module, tuple, dict[str, Any]], None]:
-        def watch(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            if record.backbone is not None or not torch.is_grad_enabled():
-                return
-            if kwargs.get("past_key_values") is not None:
-                raise ValueError(
-                    "icp_weight: ICP runs the blocks twice, and cannot with past_key_values, which a prefix-tuning "
-                    "adapter passes; use an adapter without a cache, such as LoRA, or set icp_weight to 0."
-                )
-            if self.options.start_block == 0:
-                if kwargs.get("inputs_embeds") is not None:
-                    raise ValueError(
-                        "icp_start_block=0 perturbs what the model makes of input_ids, but it is given inputs_embeds "
-                        "(a prompt-learning adapter does that); set icp_start_block to 1 or more."
-                    )
-                record.rerun = self._surroundings()
-            record.backbone = Call(args, kwargs)
-
-        return watch
-
-    def _watch_block(self, record: ICPRecord, index: int) -> Callable[[nn.Module, tuple, dict[str, Any]], None]:
-        def watch(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            if index in record.calls or not torch.is_grad_enabled():
-                return
-            states = hidden_states(Call(args, kwargs))
-            if index > self.options.start_block and not is_handed_on(states, record.handed_on):
-                raise ValueError(
-                    f"icp_start_block={self.options.start_block}: the model changes the hidden states between its "
-                    f"blocks, in front of block {index} (as where features of images enter there), and ICP runs the "
-                    "blocks again without that; set icp_start_block to 0."
-                )
-            # A cache, which a plain transformers call makes by default, would be filled a second time.
-            uncached = {"past_key_values": None, "use_cache": False}
-            kwargs = {name: uncached.get(name, value) for name, value in kwargs.items()}
-            record.calls[index] = with_hidden_states(Call(args, kwargs), None)
-
-        return watch
-
-    @staticmethod
-    def _hand_on(record: ICPRecord) -> Callable[[nn.Module, tuple, Any], None]:
-        def watch(block: nn.Module, args: tuple, output: Any) -> None:
-            if torch.is_grad_enabled():
-                record.handed_on = block_output(output)
-
-        return watch
 
 
 def _put_once(replacement: Tensor) -> Callable[[Tensor], Tensor]:
