@@ -10,6 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from dip_hf.peft_compat import BaseTunerLayer
+
 
 def _depth(model: nn.Module) -> int | None:
     """How many decoder blocks the model has by its config; None where it is no transformers model."""
@@ -77,6 +79,31 @@ def find_visible_blocks(model: nn.Module, known: Iterable[list[str] | None]) -> 
             if names and len(names) == depth and modules.issuperset(names):
                 return names
         raise
+
+
+def input_size(model: nn.Module, block: nn.Module, name: str) -> int:
+    """d, the last dimension of a block's input.
+
+    Args:
+        model: which the block belongs to.
+        block: a decoder block, or another module that `block_names` names.
+        name: of the block, for the error message.
+
+    Raises:
+        ValueError: neither the block nor the model's config says it.
+    """
+    if isinstance(block, BaseTunerLayer):  # a block that is itself a LoRA target
+        block = block.get_base_layer()
+    size = getattr(block, "in_features", None)
+    if isinstance(size, int):
+        return size
+    if hasattr(model, "config") and hasattr(model.config, "get_text_config"):
+        config: Any = model.config
+        return config.get_text_config(decoder=True).hidden_size
+    raise ValueError(
+        f"block_names: cannot tell the input size of {name!r} ({type(block).__name__}) in a model without a "
+        "transformers config; name `nn.Linear` modules instead."
+    )
 
 
 def last_share(choice: str | int | Sequence[int], field: str) -> int | None:

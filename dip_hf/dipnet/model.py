@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dip_hf.blocks import find_visible_blocks, select_blocks
+from dip_hf.blocks import find_visible_blocks, input_size, select_blocks
 from dip_hf.dipnet.config import DIPNetConfig
 from dip_hf.dipnet.layer import NoiseSite, random_layers
 from dip_hf.dipnet.saving import SavedLoraModel
@@ -22,22 +22,6 @@ from dip_hf.peft_compat import BaseTunerLayer, LoraLayer, convert_targets
 
 SITE_NAME = "dip_noise"
 """Name of the child module that a noised block gets."""
-
-
-def _input_size(model: nn.Module, block: nn.Module, name: str) -> int:
-    """d, the last dimension of a block's input."""
-    if isinstance(block, BaseTunerLayer):  # a block that is itself a LoRA target
-        block = block.get_base_layer()
-    size = getattr(block, "in_features", None)
-    if isinstance(size, int):
-        return size
-    if hasattr(model, "config") and hasattr(model.config, "get_text_config"):
-        config: Any = model.config
-        return config.get_text_config(decoder=True).hidden_size
-    raise ValueError(
-        f"block_names: cannot tell the input size of {name!r} ({type(block).__name__}) in a model without a "
-        "transformers config; name `nn.Linear` modules instead."
-    )
 
 
 class DIPNetModel(SavedLoraModel):
@@ -114,7 +98,7 @@ class DIPNetModel(SavedLoraModel):
             raise ValueError(f"block_names: {missing} are no modules of {type(model).__name__}; correct the names.")
         chosen = select_blocks(names, config.noise_blocks, "noise_blocks") if config.projected else []
         for layer in chosen:
-            _input_size(model, modules[names[layer]], names[layer])
+            input_size(model, modules[names[layer]], names[layer])
         noised = {names[layer] for layer in chosen}
         noised |= {name.rpartition(".")[0] for name, module in modules.items() if isinstance(module, NoiseSite)}
         saved = {name for other in self.peft_config.values() for name in other.modules_to_save or ()}
@@ -142,7 +126,7 @@ class DIPNetModel(SavedLoraModel):
         block = model.get_submodule(name)
         site = getattr(block, SITE_NAME, None)  # not from _modules: a compiled block passes the question on
         if not isinstance(site, NoiseSite):
-            site = NoiseSite(layer, _input_size(model, block, name), self.noise_state)
+            site = NoiseSite(layer, input_size(model, block, name), self.noise_state)
             site.attach(block, SITE_NAME)
             # A LoRA layer is born in training mode, whatever the mode of what it wraps.
             site.train((block.get_base_layer() if isinstance(block, BaseTunerLayer) else block).training)
