@@ -192,43 +192,6 @@ def test_injection_without_a_peft_model(base: str) -> None:
     assert f"{WHERE}.weight" in get_peft_model_state_dict(raw)
 
 
-def test_several_adapters_with_different_blocks(model: PeftModel, base: str, tmp_path: Path) -> None:
-    one = noisy(model)
-    model.add_adapter("other", config(noise_blocks=[0], noise_scale=0.3, target_modules=["q_proj"]))
-    assert torch.equal(noisy(model), one)
-    model.set_adapter("other")
-    with model.base_model.sampling(KEY):
-        assert model.base_model.noised_layers() == [0]
-    two = noisy(model)
-    assert not torch.equal(two, one)
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    assert trained and all(".other" in name for name in trained)
-    model.save_pretrained(tmp_path)
-
-    loaded = PeftModel.from_pretrained(load_base(base), tmp_path)
-    loaded.load_adapter(tmp_path / "other", "other")
-    assert torch.equal(noisy(loaded), one)
-    loaded.set_adapter("other")
-    assert torch.equal(noisy(loaded), two)
-    loaded.delete_adapter("other")
-    loaded.set_adapter("default")
-    assert torch.equal(noisy(loaded), one)
-    assert not any(".other" in name for name in loaded.state_dict())
-    assert not any("other" in site.noise_in_eval or "other" in site.seeds for site in sites(loaded))
-
-
-def test_deleting_the_active_adapter_activates_one_and_the_same_everywhere(base: str) -> None:
-    model = adapt(load_base(base), "a", noise_blocks=[1])
-    model.add_adapter("b", config(noise_blocks=[2]))
-    model.add_adapter("c", config(noise_blocks=[1]))  # block 1 holds a and c, so that c would be its next
-    with pytest.warns(UserWarning, match="was active which is now deleted"):
-        model.delete_adapter("a")
-    assert model.active_adapters == ["b"]
-    assert all(site.active_adapters == ["b"] for site in sites(model))
-    with model.base_model.sampling(KEY):
-        assert model.base_model.noised_layers() == [2]
-
-
 def test_disabling(model: PeftModel, base: str) -> None:
     with model.disable_adapter():
         assert torch.equal(logits(model), logits(load_base(base)))
@@ -270,44 +233,3 @@ def test_a_copy_is_independent(model: PeftModel) -> None:
     with torch.no_grad():
         sites(other)[0].leaf("default").weight.add_(1)
     assert torch.equal(noisy(model), before) and not torch.equal(noisy(other), before)
-
-
-def test_batches_of_several_adapters(model: PeftModel) -> None:
-    model.add_adapter("other", config(noise_blocks=[0]))
-    one = logits(model)
-    model.set_adapter("other")
-    two = logits(model)
-    with model.disable_adapter():
-        none = logits(model)
-    mixed = logits(model, adapter_names=["default", "other", "__base__"])
-    visible = batch(padded=True)["attention_mask"].bool()
-    expected = torch.stack([one[0], two[1], none[2]])
-    torch.testing.assert_close(mixed[visible], expected[visible], rtol=1e-4, atol=1e-5)
-    with (
-        pytest.raises(ValueError, match=r"adapter_names=\[.*one at a time"),
-        model.base_model.sampling(KEY),
-    ):
-        logits(model, adapter_names=["default", "other", "__base__"])
-
-
-@pytest.mark.parametrize("combination", ["linear", "cat", "svd"])
-def test_weighted_adapters_take_the_first_ones_noise(model: PeftModel, combination: str) -> None:
-    noisy(model)
-    model.add_adapter("other", config(noise_blocks=[0]))
-    model.add_weighted_adapter(["default", "other"], [0.7, 0.3], "both", combination_type=combination)
-    model.set_adapter("both")
-    with model.base_model.sampling(KEY):
-        assert model.base_model.noised_layers() == [2, 3]
-    assert noisy(model).isfinite().all()
-    for site in sites(model):
-        if "both" in site.lora_dip_log_variance:
-            assert torch.equal(site.leaf("both").rms, site.leaf("default").rms)
-            assert torch.equal(site.leaf("both").weight, site.leaf("default").weight)
-
-
-def test_weighted_adapters_without_lora(base: str) -> None:
-    model = adapt(load_base(base), target_modules=[])
-    model.add_adapter("other", config(target_modules=[]))
-    with pytest.raises(ValueError, match=r"adapters=\['default', 'other'\] have noise and no LoRA weights to add up"):
-        model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "both")
-    assert list(model.peft_config) == ["default", "other"]
