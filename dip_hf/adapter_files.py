@@ -67,7 +67,7 @@ def read_config(folder: Path) -> Mapping[str, Any]:
     config = folder / CONFIG_NAME
     if not config.is_file():
         raise ValueError(f"No {CONFIG_NAME} in {folder}: give the folder that `save_pretrained` wrote.")
-    _check_inside(folder, config)
+    check_inside(folder, config)
     size = config.stat().st_size
     if size > LARGEST_CONFIG:
         raise ValueError(f"{config} has {size} bytes, more than {LARGEST_CONFIG}; save or download the adapter again.")
@@ -87,7 +87,7 @@ def declared_shapes(folder: Path) -> Shapes:
         ValueError: the file is a link out of the folder, or the header does not fit it.
     """
     weights = folder / WEIGHTS_NAME
-    _check_inside(folder, weights)
+    check_inside(folder, weights)
     try:
         with safe_open(weights, framework="pt") as file:  # compares shapes, types, offsets and the file's length
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -133,8 +133,14 @@ def _check_finite(weights: Path) -> None:
                 raise ValueError(f"{weights}: {name} holds NaN or infinity; the training run diverged: save another.")
 
 
-def _check_inside(folder: Path, file: Path) -> None:
-    """A link may lead within the folder, or, in a snapshot of the Hub's cache, to that repository's own blobs."""
+def check_inside(folder: Path, file: Path) -> None:
+    """Refuse a file that is a link out of its folder.
+
+    A link may lead within the folder, or, in a snapshot of the Hub's cache, to that repository's own blobs.
+
+    Raises:
+        ValueError: names the file and where it leads.
+    """
     root, target = folder.resolve(), file.resolve()
     allowed = [root]
     for parent in root.parents:

@@ -19,9 +19,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from trl import TrlParser
 from yaml import YAMLError
 
 from dip_hf.evaluation.checkpoints import Checkpoint
@@ -29,6 +27,7 @@ from dip_hf.evaluation.report import make_report, to_text
 from dip_hf.evaluation.results import EvaluationSettings
 from dip_hf.evaluation.run import evaluate_checkpoints, prepare_tasks
 from dip_hf.evaluation.write import make_folder, write_report
+from dip_hf.recipe.parser import RecipeParser
 
 
 @dataclass
@@ -92,7 +91,7 @@ class EvaluationArguments:
         },
     )
     device: str | None = field(
-        default=None, metadata={"help": "Such as `cuda`; a GPU where there is one if not given."}
+        default=None, metadata={"help": "Such as `cuda`; a CUDA device where there is one if not given."}
     )
     dtype: str = field(
         default="auto", metadata={"help": "`float32`, `bfloat16` or `float16`; `auto` is the checkpoint's own."}
@@ -119,8 +118,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _evaluate(argv: list[str] | None) -> None:
-    kinds: list[Any] = [EvaluationArguments]  # trl asks for a type that no dataclass has in mypy's eyes
-    (arguments,) = TrlParser(kinds, allow_abbrev=False).parse_args_and_config(argv)
+    (arguments,) = RecipeParser([EvaluationArguments]).parse_recipe(argv)
     settings = EvaluationSettings(
         model=arguments.model,
         tasks=tuple(arguments.tasks),

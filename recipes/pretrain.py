@@ -24,14 +24,17 @@ from datasets import Dataset, concatenate_datasets, load_from_disk
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 from transformers.trainer_utils import get_last_checkpoint
-from trl import SFTConfig, SFTTrainer, TrlParser
+from trl import SFTConfig, SFTTrainer
+from yaml import YAMLError
 
 from dip_hf.reasoning import ANSWER_CUE, INSTRUCTIONS, PRETRAINING, iterate_rows, make_split, score_answer
+from dip_hf.recipe.parser import RecipeParser
 from dip_hf.recipe.resume import resumed_checkpoint
 
 
 COPYING = "copying"
 """Name of the one kind of example that is not from reasoning-gym, see `copying_pairs`."""
+KINDS = (*(family.name for family in PRETRAINING), COPYING)
 
 
 @dataclass
@@ -52,6 +55,10 @@ class PretrainingArguments:
     )
     muon: bool = field(default=True, metadata={"help": "Muon for the blocks' matrices; without it AdamW for all."})
     accuracy_examples: int = field(default=200, metadata={"help": "Test questions per pretraining family at the end."})
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(self.weights.keys() - set(KINDS)):
+            raise ValueError(f"weights: {unknown} are no pretraining families; those are {', '.join(KINDS)}")
 
 
 def build_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -102,8 +109,19 @@ def copying_pairs(size: int, seed: int) -> list[tuple[str, str]]:
 
 
 def build_pool(args: PretrainingArguments, seed: int, folder: Path) -> tuple[Dataset, PreTrainedTokenizerFast]:
-    """Draw, tokenize and keep on disk the examples of all pretraining families, family after family, then copying."""
-    if (folder / "tokenizer").is_dir():
+    """Draw, tokenize and keep on disk the examples of all pretraining families, family after family, then copying.
+
+    Raises:
+        ValueError: the folder holds examples that were made with other settings.
+    """
+    made_with = {"seed": seed, "examples_per_family": args.examples_per_family, "vocab_size": args.vocab_size}
+    note = folder / "pool.json"
+    if note.is_file():
+        before = json.loads(note.read_text(encoding="utf-8"))
+        if before != made_with:
+            raise ValueError(
+                f"{folder} holds examples made with {before}, and {made_with} is asked for; give another output_dir"
+            )
         return load_from_disk(folder / "pool"), PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
     drawn: dict[str, list[tuple[str, str]]] = {}
     for family in PRETRAINING:
@@ -133,6 +151,7 @@ def build_pool(args: PretrainingArguments, seed: int, folder: Path) -> tuple[Dat
     pool = concatenate_datasets(parts)
     pool.save_to_disk(folder / "pool")
     tokenizer.save_pretrained(folder / "tokenizer")
+    note.write_text(json.dumps(made_with) + "\n", encoding="utf-8")  # last: all before it is whole
     return pool, tokenizer
 
 
@@ -140,10 +159,9 @@ def order_examples(pool: Dataset, weights: dict[str, float], steps: int, batch: 
     """Draw `steps` batches of the mixture; each is sorted by length, so that its micro-batches need little padding."""
     families = np.asarray(pool["family"])
     lengths = np.asarray(pool["length"])
-    names = [*(family.name for family in PRETRAINING), COPYING]
-    members = [np.flatnonzero(families == name) for name in names]
-    shares = np.asarray([weights.get(name, 1.0) for name in names])
-    kinds = np.random.default_rng(seed).choice(len(names), size=steps * batch, p=shares / shares.sum())
+    members = [np.flatnonzero(families == name) for name in KINDS]
+    shares = np.asarray([weights.get(name, 1.0) for name in KINDS])
+    kinds = np.random.default_rng(seed).choice(len(KINDS), size=steps * batch, p=shares / shares.sum())
     chosen = np.empty(steps * batch, dtype=np.int64)
     for kind, index in enumerate(members):
         mask = kinds == kind
@@ -186,17 +204,17 @@ def main(args: PretrainingArguments, training: SFTConfig) -> None:
     """Pretrain, write the model and its accuracy per pretraining family to `training.output_dir`.
 
     Raises:
-        SystemExit: with one line, where the checkpoint asked for is not there.
+        SystemExit: with one line, where the checkpoint asked for is not there, or the folder's examples are others.
     """
     folder = Path(training.output_dir)
     try:
         checkpoint = resumed_checkpoint(training)  # first, for the examples take minutes
+        if training.resume_from_checkpoint is None and folder.is_dir():
+            checkpoint = get_last_checkpoint(str(folder))
+        set_seed(training.seed)
+        pool, tokenizer = build_pool(args, training.seed, folder)
     except ValueError as error:
         sys.exit(f"recipes/pretrain.py: {error}")
-    if training.resume_from_checkpoint is None and folder.is_dir():
-        checkpoint = get_last_checkpoint(str(folder))
-    set_seed(training.seed)
-    pool, tokenizer = build_pool(args, training.seed, folder)
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
     data = order_examples(pool, args.weights, training.max_steps, batch, training.seed)
     model = LlamaForCausalLM(
@@ -228,4 +246,8 @@ def main(args: PretrainingArguments, training: SFTConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(*TrlParser([PretrainingArguments, SFTConfig]).parse_args_and_config())  # type: ignore[list-item]
+    try:
+        arguments = RecipeParser([PretrainingArguments, SFTConfig]).parse_recipe()
+    except (ValueError, OSError, YAMLError) as mistake:
+        sys.exit(f"recipes/pretrain.py: {mistake}")
+    main(*arguments)

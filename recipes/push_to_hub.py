@@ -10,20 +10,19 @@ access token of `hf auth login` or `HF_TOKEN`. `dip-hf push FOLDER REPO_ID` is t
 from __future__ import annotations
 
 import sys
-from typing import Any
 
-from trl import TrlParser
+from yaml import YAMLError
 
 from dip_hf.hub import HubError, PushSettings, push
+from dip_hf.recipe.parser import RecipeParser
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the recipe; `argv` stands for the command line's words."""
     try:
-        kinds: list[Any] = [PushSettings]  # trl asks for a type that no dataclass has in mypy's eyes
-        (settings,) = TrlParser(kinds, allow_abbrev=False).parse_args_and_config(argv)
+        (settings,) = RecipeParser([PushSettings]).parse_recipe(argv)
         commit = push(settings, show=print)
-    except (HubError, ValueError) as error:
+    except (HubError, ValueError, OSError, YAMLError) as error:
         sys.exit(f"recipes/push_to_hub.py: {error}")
     print("Dry run: nothing was sent." if commit is None else f"Pushed: {commit.commit_url}")
 

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from trl import get_quantization_config
 from yaml import YAMLError
 
-from dip_hf.recipe.arguments import AdapterArguments, DataArguments, make_parser
+from dip_hf.recipe.arguments import AdapterArguments, DataArguments, SFTParser
 from dip_hf.recipe.data import check_run, load_datasets
 from dip_hf.recipe.dry_run import describe_run
 from dip_hf.recipe.resume import resumed_checkpoint
@@ -81,7 +81,7 @@ def train(trainer: DIPSFTTrainer, data: DataArguments, resume: str | None) -> No
 def main(argv: list[str] | None = None) -> None:
     """The command; `argv` stands for its words. A mistake that is found before training is said in one line."""
     try:
-        data, training, adapter = make_parser().parse_recipe(argv)
+        data, training, adapter = SFTParser().parse_recipe(argv)
         resume = resumed_checkpoint(training)
         if not data.dry_run:
             trainer = make_trainer(data, training, adapter)

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from dip_hf.evaluation.environment import resolve_device
 from dip_hf.reasoning import FINETUNING
-from dip_hf.recipe.arguments import AdapterArguments, DataArguments, RecipeParser
+from dip_hf.recipe.arguments import AdapterArguments, DataArguments, SFTParser
 from dip_hf.recipe.dry_run import adapt, build_on_meta
 from studies.load import close_to
 from studies.spec import Arm, Study
@@ -38,7 +38,7 @@ def parse_training(config: dict[str, Any], output_dir: str) -> tuple[DataArgumen
         ValueError: an unknown field (with its close matches), or a value that its field refuses.
     """
     # A parser keeps what it was given as defaults, so each run has its own
-    parser = RecipeParser((DataArguments, StudyConfig, AdapterArguments))
+    parser = SFTParser(StudyConfig)
     parser.set_defaults_with_config(
         **config,
         output_dir=output_dir,

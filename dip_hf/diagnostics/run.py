@@ -24,7 +24,7 @@ from dip_hf.diagnostics.robustness import check_scales, robustness
 from dip_hf.diagnostics.smoothness import smoothness
 from dip_hf.diagnostics.typos import add_instruction_typos
 from dip_hf.dres.functional import coding_matrices
-from dip_hf.evaluation.checkpoints import Checkpoint, check_checkpoints
+from dip_hf.evaluation.checkpoints import check_base, check_model_folder
 from dip_hf.evaluation.environment import describe_environment, resolve_device
 from dip_hf.noise import NoiseKey
 from dip_hf.reasoning import FINETUNING
@@ -50,7 +50,7 @@ class DiagnoseSettings:
         limit: examples per family, or of `dataset`.
         batch_size: examples per pass.
         seed: of everything drawn.
-        device: such as "cuda"; None for a GPU where there is one.
+        device: such as "cuda"; None for a CUDA device where there is one.
         noise_scales: of embedding noise.
         fgsm_scales: ε of FGSM.
         typo_rates: shares of instruction words with a typing error; None for 0.5 and 1. Not with `dataset`, in whose
@@ -131,24 +131,31 @@ def load_checkpoint(adapter: str, base: str | None, device: str) -> tuple[Any, A
     Raises:
         ValueError: the folder is missing, damaged or pickled, names no base, or the base cannot be loaded.
     """
-    checkpoint = Checkpoint("adapter", adapter)
-    if checkpoint.is_adapter:
+    is_adapter = (Path(adapter) / CONFIG_NAME).is_file()
+    if is_adapter:
         check_adapter_folder(adapter)
         config = json.loads((Path(adapter) / CONFIG_NAME).read_text(encoding="utf-8"))
         base = base or config.get("base_model_name_or_path")
         if not base:
             raise ValueError(f"adapter={adapter!r} names no base model in its {CONFIG_NAME}; give base.")
-    check_checkpoints([checkpoint], base if checkpoint.is_adapter and base else adapter)
-    if not checkpoint.is_adapter and base is not None:
-        raise ValueError(f"base={base!r}: {adapter!r} is a whole model and stands on no base; leave base out.")
+        check_base("base", base)
+    elif not Path(adapter).is_dir():
+        raise ValueError(f"adapter={adapter!r} is no folder: give the one that training wrote.")
+    else:
+        check_model_folder("adapter", adapter)
+        if base is not None:
+            raise ValueError(f"base={base!r}: {adapter!r} is a whole model and stands on no base; leave base out.")
     source = base or adapter
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        )
         own = (Path(adapter) / "tokenizer_config.json").is_file()
-        tokenizer = AutoTokenizer.from_pretrained(adapter if own else source)
-    except OSError as error:
-        raise ValueError(f"base={source!r} cannot be loaded ({error}); give base, a folder or a name.") from error
-    if checkpoint.is_adapter:
+        tokenizer = AutoTokenizer.from_pretrained(adapter if own else source, trust_remote_code=False)
+    except (OSError, ValueError) as error:  # a ValueError where code of the folder's own would have to run
+        place = f"base={source!r} or the tokenizer in adapter={adapter!r}"
+        raise ValueError(f"{place} cannot be loaded ({error}); give base, a folder or a name.") from error
+    if is_adapter:
         model = PeftModel.from_pretrained(model, adapter)
     return model.to(device).eval(), tokenizer
 

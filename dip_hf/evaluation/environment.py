@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ _PACKAGES = ("dip_hf", "torch", "transformers", "peft", "trl", "datasets", "lm_e
 
 
 def resolve_device(device: str | None) -> str:
-    """The device to compute on: the one named, or a GPU where there is one.
+    """The device to compute on: the one named, or a CUDA device where there is one.
 
     Raises:
         ValueError: this machine, or this build of PyTorch, does not have it.
@@ -61,3 +62,12 @@ def _commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return head + ("+changes" if changes else "")
+
+
+def public_folder(folder: str) -> str:
+    """A folder as seen from here; of one that is not below, the last part alone."""
+    try:
+        relative = PurePath(os.path.relpath(folder))
+    except ValueError:  # on another drive of Windows
+        return PurePath(folder).name
+    return relative.name if ".." in relative.parts else str(relative)

@@ -75,7 +75,8 @@ class DIPLM(HFLM):
         pretrained: as in `hf`: a folder, a name on the Hub, or a loaded model.
         num_samples: k samples of a DIPNet adapter's noise and posterior, or of dropout, whose probabilities are
             averaged. 0 is `hf` itself: noise-free, by the posterior's mean (unless the adapter was saved with
-            `noise_in_eval=True`); but generated texts keep a leading space with every tokenizer.
+            `noise_in_eval=True`); but generated texts keep a leading space with every tokenizer, probabilities are
+            in float32, and an adapter finds its base with all rows of the vocabulary that it was trained with.
         noise_seed: samples are a function of this seed; those of noise and dropout, of the order of calls too.
         dropout: sample a LoRA adapter's dropout.
         temperature: logits are divided by it; greedy generation stays as it is.
@@ -85,6 +86,8 @@ class DIPLM(HFLM):
         ValueError: `num_samples` < 0, or > 0 without anything to sample; `temperature` ≤ 0; or two kinds of averages,
             or an average and a temperature, at once.
     """
+
+    _model: Any
 
     def __init__(
         self,
@@ -106,6 +109,7 @@ class DIPLM(HFLM):
                 f"peft with {len(others) + 1} adapters, num_samples={num_samples}, dropout={dropout} and "
                 f"temperature={temperature}: an ensemble, samples and a temperature cannot be combined; choose one"
             )
+        kwargs.setdefault("softmax_dtype", "float32")  # bfloat16's step next to 1 is 0.4 %; averages are in float32
         super().__init__(pretrained=pretrained, peft=member or None, **kwargs)
         self.num_samples = num_samples
         self.noise_seed = noise_seed
@@ -117,6 +121,20 @@ class DIPLM(HFLM):
         else:
             self._sampler = make_sampler(self.model, num_samples, dropout, noise_seed)
 
+    def _create_model(
+        self, pretrained: str, revision: str | None = "main", peft: str | None = None, **kwargs: Any
+    ) -> None:
+        """As `hf`'s, which would cut a base with more rows of embeddings than its tokenizer has tokens (Qwen2.5 and
+        Gemma 3 have some to spare) before the adapter is loaded, and so refuse an adapter with a head of its own."""
+        if kwargs.get("delta"):  # which cannot be had together, as `hf` says
+            super()._create_model(pretrained, revision=revision, peft=peft, **kwargs)
+            return
+        super()._create_model(pretrained, revision=revision, **kwargs)
+        if peft is not None:
+            if len(self.tokenizer) > self._model.get_input_embeddings().num_embeddings:
+                self._model.resize_token_embeddings(len(self.tokenizer))
+            self._model = PeftModel.from_pretrained(self._model, peft, revision=revision)
+
     def _next_key(self) -> NoiseKey:
         self._calls += 1
         return NoiseKey(self.noise_seed, step=self._calls, rank=self.rank)
@@ -126,7 +144,7 @@ class DIPLM(HFLM):
         sampler = self._sampler
         if sampler is None:
             logits = super()._model_call(inps, attn_mask, labels)
-            return logits if self.temperature == 1.0 else logits / self.temperature
+            return logits if self.temperature == 1.0 else logits.float() / self.temperature
         mixed = self.mixed_precision_dtype
         with torch.autocast(self.device.type, dtype=mixed, enabled=mixed is not None):
             return sampler.log_probabilities(self.model, self._next_key(), inps)

@@ -130,7 +130,10 @@ def _draw_differences(axes: Axes, blocks: tuple[Block, ...], names: Sequence[str
         for position, block in enumerate(blocks):
             difference = block.rows[index].differences[names[reference]]
             place = position + (index - (later[0] + later[-1]) / 2) * 0.6 / len(later)
-            below, above = difference.points - difference.low, difference.high - difference.points
+            # Of an interval without width rounding may leave less than nothing, which matplotlib refuses
+            below, above = (
+                max(0.0, side) for side in (difference.points - difference.low, difference.high - difference.points)
+            )
             axes.errorbar([difference.points], [place], xerr=[[below], [above]], fmt="o", color=colour, capsize=3)
             # On the side away from zero, so that the line through zero does not cross it
             left = difference.points < 0

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -20,7 +18,7 @@ from dip_hf.evaluation.calibration_report import (
     calibration_tables,
     make_calibration,
 )
-from dip_hf.evaluation.environment import describe_environment
+from dip_hf.evaluation.environment import describe_environment, public_folder
 from dip_hf.evaluation.results import CheckpointScores, EvaluationSettings, TaskScores
 from dip_hf.evaluation.statistics import PairedDifference, accuracy, paired_difference, standard_error
 from dip_hf.evaluation.tables import Table, markdown, plain
@@ -252,7 +250,7 @@ def to_json(report: Report) -> str:
     content: dict[str, Any] = {
         # A report travels; where the task files lay on this machine does not
         "settings": asdict(report.settings)
-        | {"include_path": None if folder is None else _public_folder(folder)}
+        | {"include_path": None if folder is None else public_folder(folder)}
         | {"bootstrap_resamples": RESAMPLES, "bootstrap_seed": BOOTSTRAP_SEED},
         "environment": describe_environment(report.settings.device),
         "checkpoints": [
@@ -281,12 +279,6 @@ def to_json(report: Report) -> str:
             "task_sets": [asdict(value) for value in report.calibration],
         }
     return json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n"
-
-
-def _public_folder(folder: str) -> str:
-    """A folder as seen from here; of one that is not below, the last part alone."""
-    relative = PurePath(os.path.relpath(folder))
-    return relative.name if ".." in relative.parts else str(relative)
 
 
 def _without_nan(value: Any) -> Any:

@@ -28,7 +28,7 @@ class EvaluationSettings:
         noise_seed: seed of those samples.
         calibration: measure how well probabilities fit: one more pass over the answers of generation tasks.
         in_distribution: the task set that the others are a shift from; None: the first.
-        device: such as "cuda"; None: a GPU where there is one.
+        device: such as "cuda"; None: a CUDA device where there is one.
         dtype: one of `DTYPES`; "auto" is the checkpoint's own.
 
     Raises:
@@ -50,6 +50,13 @@ class EvaluationSettings:
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
+        for name in ("tasks", "families"):
+            if isinstance(getattr(self, name), str):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a tuple of names, if only of this one")
+        for name in ("limit", "batch_size", "num_samples"):
+            value = getattr(self, name)
+            if not isinstance(value, int) and not (name == "limit" and value is None):
+                raise ValueError(f"{name}={value!r} must be a whole number")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit={self.limit} must be at least 1 item per task; leave it out for all items")
         if self.split not in ("test", "validation"):

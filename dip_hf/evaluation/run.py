@@ -123,6 +123,7 @@ def load_model(settings: EvaluationSettings, checkpoint: Checkpoint) -> DIPLM:
             batch_size=settings.batch_size,
             device=resolve_device(settings.device),
             dtype=settings.dtype,
+            **({"use_safetensors": True} if Path(base).is_dir() else {}),
         )
     except OSError as error:
         reason = str(error).partition("\n")[0]
@@ -134,7 +135,7 @@ def _own_tokenizer(checkpoint: Checkpoint) -> Any | None:
     if checkpoint.path is None or not (Path(checkpoint.folders[0]) / "tokenizer_config.json").is_file():
         return None
     try:
-        return AutoTokenizer.from_pretrained(checkpoint.folders[0])
+        return AutoTokenizer.from_pretrained(checkpoint.folders[0], trust_remote_code=False)
     except Exception as error:  # damage shows as anything, from a JSONDecodeError to tokenizers' bare Exception
         reason = str(error).partition("\n")[0]
         raise ValueError(

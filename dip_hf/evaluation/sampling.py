@@ -147,7 +147,7 @@ class DropoutSampler(Sampler):
         num_samples: k ≥ 1.
 
     Raises:
-        ValueError: `num_samples` < 1, or no LoRA layer has dropout.
+        ValueError: `num_samples` < 1, no LoRA layer has dropout, or a device that is neither a CPU nor CUDA's.
     """
 
     def __init__(self, model: nn.Module, num_samples: int) -> None:
@@ -166,6 +166,11 @@ class DropoutSampler(Sampler):
                 "such layer: give one, or leave dropout out"
             )
         self._device = next(model.parameters()).device
+        if self._device.type not in ("cpu", "cuda"):
+            raise ValueError(
+                f"dropout=True on device={str(self._device)!r}, whose masks would depend on more than the seed: use "
+                "the CPU or a CUDA device"
+            )
         self.num_samples = self.copies = num_samples
 
     @contextmanager

@@ -32,7 +32,9 @@ def write_report(report: Report, folder: str | Path) -> list[Path]:
     """
     folder = make_folder(folder)
     paths = [folder / f"report.{suffix}" for suffix in ("json", "md", "png")]
-    paths[0].write_text(to_json(report), encoding="utf-8")
+    part = folder / "report.json.part"
+    part.write_text(to_json(report), encoding="utf-8")
+    part.replace(paths[0])  # whole or not at all: the one before holds finished checkpoints
     if report.calibration:
         paths.append(folder / "report_calibration.png")
         draw_calibration(report, paths[3])

@@ -7,6 +7,7 @@ import json
 import re
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -130,7 +131,13 @@ class _Push:
                 "at what it changed, then push with force to put this run on top of it"
             )
         commit = self._commit(staging, head, present)
-        self.record.write_text(json.dumps({**pushed, self._key(): commit.oid}, indent=2) + "\n", encoding="utf-8")
+        try:
+            self.record.write_text(json.dumps({**pushed, self._key(): commit.oid}, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:  # the push itself is done
+            warnings.warn(
+                f"pushed, but {self.record} cannot be written ({error}): the next push of this folder will need force",
+                stacklevel=2,
+            )
         return commit
 
     def _key(self) -> str:

@@ -11,9 +11,9 @@ import yaml
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 
-from dip_hf.adapter_files import CONFIG_NAME, WEIGHTS_NAME, check_adapter_folder
+from dip_hf.adapter_files import CONFIG_NAME, WEIGHTS_NAME, check_adapter_folder, check_inside
 from dip_hf.dipnet.export import NOISE_PREFIX
-from dip_hf.evaluation.checkpoints import Checkpoint, check_checkpoints
+from dip_hf.evaluation.checkpoints import check_model_folder
 from dip_hf.hub.record import ENVIRONMENT_NAME, TRAINING_NAME
 from dip_hf.hub.settings import check_repo_id
 
@@ -65,7 +65,7 @@ def read_run(folder: str | Path, base_model: str | None = None, datasets: list[s
     """
     folder = Path(folder)
     card = _card_metadata(folder)
-    base = base_model or card.get("base_model")
+    base = base_model or _only(card.get("base_model"), folder)
     if (folder / CONFIG_NAME).is_file():
         check_adapter_folder(folder)
         adapter = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
@@ -81,7 +81,7 @@ def read_run(folder: str | Path, base_model: str | None = None, datasets: list[s
                 f"{folder} holds adapters in folders of their own ({', '.join(others)}), as PEFT saves those that are "
                 f"not called 'default'; give one of these folders, such as {folder / others[0]}"
             )
-        check_checkpoints([Checkpoint("folder", str(folder))], model=str(folder))
+        check_model_folder("folder", folder)
         kind, adapter = MODEL, {}
         base = base if base and not Path(str(base)).exists() else base_model
     known = card.get("datasets") or []
@@ -138,13 +138,24 @@ def _card_metadata(folder: Path) -> dict[str, Any]:
     path = folder / "README.md"
     if not path.is_file():
         return {}
+    check_inside(folder, path)
     return ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+
+
+def _only(bases: Any, folder: Path) -> Any:
+    """The base that a card names, as a text or as a list of one."""
+    if not isinstance(bases, list):
+        return bases
+    if len(bases) > 1:
+        raise ValueError(f"base_model={bases} in {folder / 'README.md'} are several; give base_model, the one it is")
+    return bases[0] if bases else None
 
 
 def _read_mapping(path: Path) -> dict[str, Any] | None:
     """A YAML (or JSON) file's mapping; None where there is no file."""
     if not path.is_file():
         return None
+    check_inside(path.parent, path)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -62,6 +62,9 @@ class PushSettings:
     def __post_init__(self) -> None:
         if not Path(self.folder).is_dir():
             raise ValueError(f"folder={self.folder!r} is no folder: give the one that training wrote")
+        for name in ("datasets", "benchmarks"):
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, [getattr(self, name)])
         for name in ("repo_id", "base_model"):
             value = getattr(self, name)
             if value is not None:

@@ -10,8 +10,9 @@ from pathlib import Path
 import yaml
 from huggingface_hub import eval_result_entries_to_yaml
 
-from dip_hf.adapter_files import CONFIG_NAME, WEIGHTS_NAME
+from dip_hf.adapter_files import CONFIG_NAME, WEIGHTS_NAME, check_inside
 from dip_hf.dipnet.export import export_lora
+from dip_hf.evaluation.checkpoints import model_weights
 from dip_hf.hub.card import render_card
 from dip_hf.hub.record import ENVIRONMENT_NAME, TRAINING_NAME, scrub
 from dip_hf.hub.results import PICTURE_NAME, REPORT_NAME, Results, StaleReportError, read_results
@@ -70,7 +71,7 @@ def stage(settings: PushSettings, work: Path, tags: list[str] | None = None) -> 
     if run.kind == MODEL:
         if settings.merged:
             raise ValueError(f"merged=True: {run.folder} holds a whole model, no adapter to merge; leave it out")
-        weights = sorted(path.name for path in run.folder.glob("*.safetensors"))
+        weights = [path.name for path in model_weights(run.folder)]
         _take(run.folder, staging, (*_MODEL_FILES, *weights))
     else:
         staging.files[CONFIG_NAME] = _public_config(run, run.folder / CONFIG_NAME, work / CONFIG_NAME)
@@ -111,7 +112,15 @@ def _find_results(run: FinishedRun, settings: PushSettings, staging: Staging) ->
 
 
 def _take(folder: Path, staging: Staging, names: tuple[str, ...]) -> None:
-    staging.files.update({name: folder / name for name in names if (folder / name).is_file()})
+    staging.files.update(_found(folder, names))
+
+
+def _found(folder: Path, names: tuple[str, ...]) -> dict[str, Path]:
+    """Those of the files that are there, none of them a link to a file elsewhere."""
+    found = {name: folder / name for name in names if (folder / name).is_file()}
+    for path in found.values():
+        check_inside(folder, path)
+    return found
 
 
 def _write(path: Path, text: str) -> Path:
@@ -148,7 +157,7 @@ def _stage_merged(run: FinishedRun, target: Path, staging: Staging) -> None:
     # What it was trained on, where that is here; a path that is not here may be a stranger's name on the Hub
     base = local_base(run.adapter.get("base_model_name_or_path") or "", run.folder) or run.base_model
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(base)
+        loaded = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
@@ -158,14 +167,15 @@ def _stage_merged(run: FinishedRun, target: Path, staging: Staging) -> None:
     model = PeftModel.from_pretrained(loaded, run.folder)
     model.merge_and_unload().save_pretrained(target)
     made = {path.name: path for path in sorted(target.iterdir())}
-    tokenizer = {name: run.folder / name for name in _TOKENIZER_FILES if (run.folder / name).is_file()}
-    staging.files.update({f"{MERGED_FOLDER}/{name}": path for name, path in (tokenizer | made).items()})
+    files = _found(run.folder, _TOKENIZER_FILES) | made
+    staging.files.update({f"{MERGED_FOLDER}/{name}": path for name, path in files.items()})
 
 
 def _stage_results(results: Results, settings: PushSettings, work: Path, staging: Staging) -> None:
     text = json.dumps(results.report, indent=2) + "\n"
     staging.files[f"evaluation/{REPORT_NAME}"] = _write(work / "evaluation" / REPORT_NAME, text)
     if results.picture is not None:
+        check_inside(results.picture.parent, results.picture)
         staging.files[f"evaluation/{PICTURE_NAME}"] = results.picture
     for name, entry in results.benchmark_entries(settings.benchmarks or []).items():
         text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False, allow_unicode=True)

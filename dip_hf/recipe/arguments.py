@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 from peft import LoraConfig, MontecloraConfig
 from transformers.utils import is_torch_bf16_gpu_available
-from trl import ModelConfig, ScriptArguments, TrlParser
+from trl import ModelConfig, ScriptArguments
 
 from dip_hf.blocks import parse_blocks
 from dip_hf.dipnet import DIPNetConfig
+from dip_hf.recipe.parser import RecipeParser
 from dip_hf.trainer import DIPSFTConfig
 
 
@@ -57,6 +57,8 @@ class DataArguments(ScriptArguments):
         # argparse checks choices on the command line only, not in values that come from a file
         if self.dataset_format not in DATASET_FORMATS:
             raise ValueError(_bad_choice("dataset_format", self.dataset_format, DATASET_FORMATS))
+        if isinstance(self.families, str):
+            self.families = [self.families]
         self.families = self.families or None  # `--families` without a value stands for none
         if self.families is not None and self.dataset_name is not None:
             raise ValueError(
@@ -178,27 +180,15 @@ class AdapterArguments(ModelConfig):
         )
 
 
-class RecipeParser(TrlParser):
-    """[`~trl.TrlParser`] that raises `ValueError` with the close matches of an unknown name, before anything loads."""
+class SFTParser(RecipeParser):
+    """The parser of recipes/sft.py, which yields (DataArguments, `training`, AdapterArguments).
 
-    def __init__(self, dataclass_types: Iterable[Any], **kwargs: Any) -> None:
-        # A shortened option would silently mean another field after a new one is added
-        super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
-        for action in self._actions:
-            if action.nargs == "+":
-                action.nargs = "*"  # an option without a value is an empty list, as a file can give it
+    Args:
+        training: the trainer's config.
+    """
 
-    def error(self, message: str) -> NoReturn:
-        """Raise instead of printing the several hundred options that the parser knows."""
-        raise ValueError(message)
-
-    def set_defaults_with_config(self, **config: Any) -> list[str]:
-        """Take the defaults from a config file's mapping, all of whose keys must be fields."""
-        known = {action.dest for action in self._actions}
-        for key in config:
-            if key not in known:
-                raise ValueError(f"the config file's key {key!r} is no field{_close_to(str(key), known)}")
-        return super().set_defaults_with_config(**config)
+    def __init__(self, training: type[DIPSFTConfig] = DIPSFTConfig) -> None:
+        super().__init__((DataArguments, training, AdapterArguments))
 
     def parse_args_into_dataclasses(self, args: Any = None, *others: Any, **kwargs: Any) -> tuple[Any, ...]:
         """As the parent's, but `families` and `dataset_name` stand in each other's place: one of them among `args`
@@ -210,41 +200,10 @@ class RecipeParser(TrlParser):
         given = {name for name in sources & options if vars(namespace)[name]}
         if len(given) == 1:
             self.set_defaults(**dict.fromkeys(sources - given))
-        if getattr(namespace, "dry_run", False) and not is_torch_bf16_gpu_available():
+        if namespace.dry_run and not is_torch_bf16_gpu_available():
             self.set_defaults(use_cpu=True)
         return super().parse_args_into_dataclasses(args, *others, **kwargs)
-
-    def parse_recipe(self, argv: list[str] | None = None) -> tuple[Any, ...]:
-        """Parse `--config FILE` and the options after or before it, which override the file's values.
-
-        Raises:
-            ValueError: an unknown key or option (with its close matches), or a value that its field refuses.
-        """
-        argv = sys.argv[1:] if argv is None else argv
-        known = {option.removeprefix("--") for option in self._option_string_actions} | {"config"}
-        for option in (argument.partition("=")[0] for argument in argv if argument.startswith("--")):
-            if option.removeprefix("--") not in known:
-                raise ValueError(f"the option {option!r} is no field{_close_to(option.removeprefix('--'), known)}")
-        if argv[-1:] == ["--config"]:
-            raise ValueError("--config needs the path of a YAML file")
-        # TRL looks for the two words only
-        words = [word for argument in argv for word in _split_config_option(argument)]
-        return self.parse_args_and_config(words)
-
-
-def make_parser() -> RecipeParser:
-    """Return the parser of recipes/sft.py, which yields (DataArguments, DIPSFTConfig, AdapterArguments)."""
-    return RecipeParser((DataArguments, DIPSFTConfig, AdapterArguments))
-
-
-def _split_config_option(argument: str) -> list[str]:
-    return ["--config", argument.removeprefix("--config=")] if argument.startswith("--config=") else [argument]
 
 
 def _bad_choice(name: str, value: object, choices: Iterable[str]) -> str:
     return f"{name}={value!r} is not one of {', '.join(map(repr, choices))}"
-
-
-def _close_to(name: str, known: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(name.replace("-", "_"), sorted(known), n=3)
-    return f"; did you mean {', '.join(map(repr, matches))}?" if matches else "; `--help` lists the fields"

@@ -16,6 +16,7 @@ from dip_hf.trainer import DIPSFTConfig
 # Column sets that TRL's SFTTrainer prepares or takes as they are
 _TRL_COLUMNS = ({"prompt", "completion"}, {"messages"}, {"conversations"}, {"input_ids"})
 _FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 
 def check_run(data: DataArguments, training: DIPSFTConfig, adapter: AdapterArguments) -> None:
@@ -96,8 +97,22 @@ def load_eval_dataset(arguments: DataArguments, text_field: str = "text") -> Dat
 
 
 def is_local(dataset_name: str) -> bool:
-    """Tell whether `dataset_name` is a file or folder of this machine, rather than a name on the Hub."""
-    return Path(dataset_name).exists()
+    """Tell whether `dataset_name` is a file or folder of this machine, rather than a name on the Hub.
+
+    Raises:
+        ValueError: it is spelled like a file or folder, and there is none.
+    """
+    if Path(dataset_name).exists():
+        return True
+    if _builder(dataset_name) is not None or dataset_name.startswith((".", "/", "~")):
+        raise ValueError(f"dataset_name={dataset_name!r} does not exist: give a file or folder, or a name on the Hub")
+    return False
+
+
+def _builder(file_name: str) -> str | None:
+    """What `datasets` reads such a file with, compressed or not; None for what is no data file by its name."""
+    suffixes = [suffix for suffix in Path(file_name).suffixes if suffix not in _COMPRESSED]
+    return _FILE_BUILDERS.get(suffixes[-1]) if suffixes else None
 
 
 def _families(arguments: DataArguments, split: Literal["train", "validation"], size: int) -> Dataset:
@@ -111,7 +126,7 @@ def _families(arguments: DataArguments, split: Literal["train", "validation"], s
 def _named(arguments: DataArguments, split_field: str, text_field: str) -> Dataset | IterableDataset:
     name, split = arguments.dataset_name, getattr(arguments, split_field)
     assert name is not None  # DataArguments requires it where there are no families
-    builder = _FILE_BUILDERS.get(Path(name).suffix) if is_local(name) else None
+    builder = _builder(name) if is_local(name) and Path(name).is_file() else None
     where: dict[str, Any] = {"path": name, "name": arguments.dataset_config}
     if builder is not None:
         where = {"path": builder, "data_files": name}

@@ -140,9 +140,11 @@ def build_on_meta(config: PretrainedConfig, dtype: str | None) -> PreTrainedMode
 def _model_config(adapter: AdapterArguments, architectures: Path) -> tuple[PretrainedConfig, str]:
     name = str(adapter.model_name_or_path)
     if Path(name).is_dir():
-        return AutoConfig.from_pretrained(name), f"{name}/config.json"
+        return AutoConfig.from_pretrained(name, trust_remote_code=False), f"{name}/config.json"
     try:
-        config = AutoConfig.from_pretrained(name, revision=adapter.model_revision, local_files_only=True)
+        config = AutoConfig.from_pretrained(
+            name, revision=adapter.model_revision, local_files_only=True, trust_remote_code=False
+        )
         return config, "the local Hub cache"
     except OSError:
         bundled = architectures / f"{name.split('/')[-1]}.json"

@@ -122,3 +122,21 @@ def test_bad_checkpoints(lora_folder: str, base_folder: str, dataset: str, tmp_p
 def test_results_go_to_a_folder_of_the_adapters_name() -> None:
     assert DiagnoseSettings("runs/quickstart/lora/").folder == "diagnose/lora"
     assert DiagnoseSettings("runs/a/checkpoint-20").folder == "diagnose/a-checkpoint-20"
+
+
+def test_a_folder_with_a_plus_in_its_name(lora_folder: str, base_folder: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(lora_folder, tmp_path / "lora+drop")
+    model, _ = load_checkpoint(str(folder), base_folder, "cpu")
+    assert model.peft_type == "LORA"
+
+
+def test_a_tokenizers_own_code_is_not_run(
+    lora_folder: str, base_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Path(shutil.copytree(lora_folder, tmp_path / "own"))
+    (own / "tok.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Tok: pass\n")
+    (own / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": [None, "tok.Tok"]}}))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # what transformers would ask
+    with pytest.raises(ValueError, match=r"tokenizer in adapter=.*own.* cannot be loaded"):
+        load_checkpoint(str(own), base_folder, "cpu")
+    assert not (tmp_path / "ran").exists()

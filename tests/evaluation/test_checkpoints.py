@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from dip_hf.evaluation.checkpoints import Checkpoint, check_checkpoints, weight_digests
 
@@ -163,3 +164,45 @@ def test_pickled_and_truncated_weights_are_refused(
     weights.rename(weights.with_suffix(".bin"))
     with pytest.raises(ValueError, match=r"pickled.*can execute code|only .*bin, and pickled"):
         check_checkpoints([Checkpoint("x", str(folder))], base_folder)
+
+
+def save_in_parts(base_folder: str, folder: Path) -> Path:
+    AutoModelForCausalLM.from_pretrained(base_folder).save_pretrained(folder, max_shard_size="20KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    return folder
+
+
+def test_a_model_in_parts(base_folder: str, tmp_path: Path) -> None:
+    folder = save_in_parts(base_folder, tmp_path)
+    parts = sorted(folder.glob("model-*.safetensors"))
+    (folder / "other.safetensors").write_bytes(b"not the model's")
+    check_checkpoints([Checkpoint("x", str(folder))], base_folder)
+    assert list(weight_digests(folder)) == [part.name for part in parts]
+    parts[0].unlink()
+    with pytest.raises(ValueError, match=rf"{parts[0].name} is missing, truncated or damaged"):
+        check_checkpoints([Checkpoint("x", str(folder))], base_folder)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("{", "is damaged"),
+        ("[]", "is damaged"),
+        ('{"weight_map": {"a": "../b.safetensors"}}', "names files outside its folder"),
+        ('{"weight_map": {"a": 1}}', "names files outside its folder"),
+    ],
+)
+def test_a_damaged_index_of_parts(index: str, message: str, base_folder: str, tmp_path: Path) -> None:
+    folder = save_in_parts(base_folder, tmp_path)
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ValueError, match=message):
+        check_checkpoints([Checkpoint("x", str(folder))], base_folder)
+
+
+def test_a_stray_safetensors_file_does_not_make_a_pickle_safe(base_folder: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(base_folder, tmp_path / "copy"))
+    (folder / "model.safetensors").rename(folder / "extra.safetensors")
+    (folder / "pytorch_model.bin").write_bytes(b"a pickle")
+    with pytest.raises(ValueError, match=r"only pytorch_model\.bin, and pickled weights can execute code"):
+        check_checkpoints([Checkpoint("x", str(folder))], base_folder)
+    assert weight_digests(folder) == {}

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dip_hf import NoiseKey
+from dip_hf import DIPNetConfig, NoiseKey
 from dip_hf.evaluation.lm import DIPLM
 from dip_hf.evaluation.sampling import average_log_probabilities
 
@@ -197,3 +200,32 @@ def test_bad_input_is_refused(
     folder = request.getfixturevalue(adapter) if adapter else None
     with pytest.raises(ValueError, match=message):
         load(DIPLM, base_folder, folder, **options)
+
+
+@pytest.mark.parametrize("kind", [peft.LoraConfig, DIPNetConfig])
+def test_a_base_with_more_rows_than_tokens_keeps_them(kind: type, base_folder: str, tmp_path: Path) -> None:
+    """As Qwen2.5's and Gemma 3's: an adapter with a head of its own has as many rows."""
+    model = AutoModelForCausalLM.from_pretrained(base_folder)
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    model.resize_token_embeddings(len(tokenizer) + 6)
+    base = tmp_path / "base"
+    for part in (model, tokenizer):
+        part.save_pretrained(base)
+    adapted = peft.get_peft_model(model, kind(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    plain, ours = load(DIPLM, str(base), None), load(DIPLM, str(base), str(tmp_path / "adapter"))
+    pairs = requests("loglikelihood", *((prompt, " 16") for prompt in PROMPTS))
+    assert ours.loglikelihood(pairs, disable_tqdm=True) == plain.loglikelihood(pairs, disable_tqdm=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 2.0}])
+def test_probabilities_of_a_bfloat16_model_are_in_float32(base_folder: str, options: dict[str, float]) -> None:
+    model = load(DIPLM, base_folder, None, dtype="bfloat16", **options)
+    [(prompt, answer)] = [model._encode_pair(PROMPTS[0], " 16")]
+    with torch.no_grad():
+        logits = model.model(torch.tensor([prompt + answer])[:, :-1]).logits
+    assert logits.dtype is torch.bfloat16
+    expected = (logits.float() / options.get("temperature", 1.0)).log_softmax(-1)[0, -len(answer) :]
+    total = expected.gather(1, torch.tensor(answer)[:, None]).sum().item()
+    [(value, _)] = model.loglikelihood(requests("loglikelihood", (PROMPTS[0], " 16")), disable_tqdm=True)
+    assert value == pytest.approx(total, rel=1e-5)

@@ -139,3 +139,31 @@ def test_an_unknown_key_of_a_config_file_is_refused(recipe: ModuleType, base_fol
     with pytest.raises(SystemExit) as stop:
         recipe.main(["--config", str(config)])
     assert "task" in str(stop.value)
+
+
+def test_texts_where_lists_belong_and_a_config_behind_an_equals_sign(
+    recipe: ModuleType, base_folder: str, tmp_path: Path
+) -> None:
+    config = tmp_path / "evaluation.yaml"
+    config.write_text(f"model: {base_folder}\ntasks: dip_unseen_products\ncheckpoints: base\nlimit: 1\n")
+    recipe.main([f"--config={config}", "--output_dir", str(tmp_path), "--device", "cpu"])
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert [checkpoint["name"] for checkpoint in content["checkpoints"]] == ["base"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("limit", "2.5", "limit=2.5 must be a whole number"),
+        ("num_samples", "1.5", "num_samples=1.5 must be a whole number"),
+        ("batch_size", "1.5", "batch_size=1.5 must be a whole number"),
+    ],
+)
+def test_numbers_that_are_none(
+    field: str, value: str, message: str, recipe: ModuleType, base_folder: str, tmp_path: Path
+) -> None:
+    config = tmp_path / "evaluation.yaml"
+    config.write_text(f"model: {base_folder}\n{field}: {value}\n")
+    with pytest.raises(SystemExit) as stop:
+        recipe.main(["--config", str(config)])
+    assert message in str(stop.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import ntpath
 from dataclasses import replace
 from pathlib import Path
 
@@ -130,3 +131,34 @@ def test_checkpoints_scored_on_other_items_are_refused() -> None:
         make_report(SETTINGS, [BASE, scores("lora", "1111", "1111", "1111", items=("a", "b", "c", "e"))])
     with pytest.raises(ValueError, match="results is empty"):
         make_report(SETTINGS, [])
+
+
+def test_task_files_on_another_drive(monkeypatch: pytest.MonkeyPatch) -> None:
+    def relpath(path: str) -> str:
+        return ntpath.relpath(path, "D:\\work")  # raises across drives, as on Windows
+
+    monkeypatch.setattr("os.path.relpath", relpath)
+    report = make_report(replace(SETTINGS, include_path="C:\\src\\evals"), [BASE, LORA])
+    assert "evals" in json.loads(to_json(report))["settings"]["include_path"]
+
+
+def test_an_interval_without_width_is_drawn(tmp_path: Path) -> None:
+    """Of scores of thirds on one item, the bounds lie a rounding error on the wrong side of the difference."""
+    tasks = tuple(TaskScores(f"t{i}", "all", "grade", (score,), ("a",)) for i, score in enumerate((1 / 3, 0.1, 0.7)))
+    others = tuple(replace(task, scores=(task.scores[0] / 3,)) for task in tasks)
+    results = [replace(BASE, tasks=others), replace(LORA, tasks=tasks)]
+    assert write_report(make_report(SETTINGS, results), tmp_path)
+
+
+def test_a_report_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_report(make_report(SETTINGS, [BASE, LORA]), tmp_path)
+    before = (tmp_path / "report.json").read_text()
+
+    def cut_short(path: Path, text: str, **_: object) -> None:
+        path.write_bytes(text[:9].encode())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        write_report(make_report(SETTINGS, [BASE, LORA, DIPNET]), tmp_path)
+    assert (tmp_path / "report.json").read_text() == before

@@ -183,3 +183,15 @@ def test_the_stock_command_loads_the_adapter(
     finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert "|dip_unseen_products|" in finished.stdout.replace(" ", "")
+
+
+def test_a_tokenizers_own_code_is_not_run(
+    base_folder: str, lora_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Path(shutil.copytree(lora_folder, tmp_path / "own"))
+    (own / "tok.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Tok: pass\n")
+    (own / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": [None, "tok.Tok"]}}))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # what transformers would ask
+    with pytest.raises(ValueError, match=r"checkpoints: one: the tokenizer in .*own cannot be loaded"):
+        load_model(settings_for(base_folder), Checkpoint("one", str(own)))
+    assert not (tmp_path / "ran").exists()

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from dip_hf import NoiseKey
 from dip_hf.evaluation.lm import DIPLM
+from dip_hf.evaluation.sampling import DropoutSampler
 
 
 def load(base: str, adapter: str, **options: object) -> DIPLM:
@@ -110,3 +111,9 @@ def test_monteclora_loads_and_predicts_by_its_mean(
     with torch.no_grad():
         expected = merged.merge_and_unload()(tokens).logits
     torch.testing.assert_close(model._model_call(tokens), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_dropout_on_a_device_whose_generator_is_not_seeded(base_folder: str, dropout_folder: str) -> None:
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), dropout_folder).to("meta")
+    with pytest.raises(ValueError, match="dropout=True on device='meta'"):
+        DropoutSampler(model, 2)

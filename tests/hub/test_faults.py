@@ -158,3 +158,11 @@ def test_the_command_makes_a_private_repository(call: Call, hub: Hub, run_folder
     hub.faults.append(Fault("POST .*/preupload/main", 401))
     assert call("command", ["push", str(run_folder), "you/hidden"]) == {"value": 1}
     assert call("command", ["push", str(run_folder), "no/such/name"]) == {"value": 2}
+
+
+def test_a_push_that_cannot_be_recorded_has_been_made(call: Call, hub: Hub, run_folder: Path) -> None:
+    (run_folder / ".dip_hf_push.json").mkdir()  # as a folder that may not be written to
+    answer = call("push", settings(run_folder, "you/unrecorded"), waits=FAST)
+    assert answer == {"value": hub.repos["you/unrecorded"].head}
+    again = call("push", settings(run_folder, "you/unrecorded"), waits=FAST)
+    assert "push with force" in str(again)

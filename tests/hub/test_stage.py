@@ -208,3 +208,30 @@ def write_report(path: Path, folder: Path, limit: int | None = None) -> dict[str
     }
     path.write_text(json.dumps(report))
     return report
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "training_config.yaml", "environment.json", "README.md"])
+def test_a_link_out_of_the_folder_is_not_followed(name: str, run_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "private").write_text("mine: alone")
+    (run_folder / name).unlink(missing_ok=True)
+    (run_folder / name).symlink_to(tmp_path / "private")
+    with pytest.raises(ValueError, match=rf"{name} is a link that leads out of its folder, to .*private"):
+        staged(run_folder, tmp_path / "work")
+
+
+def test_a_whole_model_whose_folder_has_a_plus_in_its_name(base_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(base_folder, tmp_path / "full+dres"))
+    (folder / "extra.safetensors").write_bytes(b"something else")
+    (folder / "README.md").write_text("---\nbase_model: [you/origin]\n---\n")
+    staging = staged(folder, tmp_path / "work")
+    assert staging.files["model.safetensors"] == folder / "model.safetensors"
+    assert "extra.safetensors" not in staging.files
+    assert "base_model: you/origin" in staging.files["README.md"].read_text()
+    (folder / "README.md").write_text("---\nbase_model: [you/one, you/two]\n---\n")
+    with pytest.raises(ValueError, match=r"base_model=\['you/one', 'you/two'\] in .*README.md are several"):
+        staged(folder, tmp_path / "again")
+
+
+def test_one_dataset_may_be_given_as_a_text(run_folder: Path, tmp_path: Path) -> None:
+    staging = staged(run_folder, tmp_path / "work", datasets="openai/gsm8k")
+    assert "- openai/gsm8k" in staging.files["README.md"].read_text()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dip_hf.dipnet import DIPNetConfig
-from dip_hf.recipe.arguments import make_parser
+from dip_hf.recipe.arguments import SFTParser
 from dip_hf.recipe.dry_run import describe_run
 from recipes.sft import make_trainer
 from tests.ibvi.models import posteriors
@@ -22,7 +22,7 @@ CONFIG = ["--config", str(ROOT / "recipes" / "configs" / "gsm8k_qwen2.5_3b.yaml"
 
 
 def parse(*argv: str) -> tuple[Any, ...]:
-    return make_parser().parse_recipe([*CONFIG, *argv])
+    return SFTParser().parse_recipe([*CONFIG, *argv])
 
 
 def test_flags_become_fields() -> None:
@@ -39,7 +39,7 @@ def test_flags_become_fields() -> None:
 def test_each_training_seed_has_a_posterior_of_its_own(tmp_path: Path) -> None:
     def start(seed: int) -> list[Tensor]:
         options = ("--seed", str(seed), "--variational_rank", "2", "--output_dir", str(tmp_path), "--train_size", "2")
-        data, training, adapter = make_parser().parse_recipe(["--config", str(QUICKSTART), *options])
+        data, training, adapter = SFTParser().parse_recipe(["--config", str(QUICKSTART), *options])
         trainer = make_trainer(data, training, adapter)
         assert trainer.model.peft_config["default"].noise_seed == seed
         return [leaf.weight for _, leaf in posteriors(trainer.model).values()]

@@ -240,3 +240,18 @@ def test_the_base_tells_all_tokens_of_the_suite_apart() -> None:
     rows = [row for name in FAMILIES for row in make_split(name, "test", 40)]
     used = {token for row in rows for token in tokenizer(row["prompt"] + row["completion"])["input_ids"]}
     assert {tokenizer.decode([token]): cosines[token].item() for token in used if cosines[token] > 0.9} == {}
+
+
+def test_other_settings_do_not_take_over_a_folders_examples(recipe: ModuleType, tmp_path: Path) -> None:
+    arguments = recipe.PretrainingArguments(examples_per_family=60, vocab_size=400)
+    pool, tokenizer = recipe.build_pool(arguments, 0, tmp_path)
+    again, same = recipe.build_pool(arguments, 0, tmp_path)
+    assert again["input_ids"] == pool["input_ids"] and len(same) == len(tokenizer)
+    for changed, seed in ((arguments, 1), (recipe.PretrainingArguments(examples_per_family=61, vocab_size=400), 0)):
+        with pytest.raises(ValueError, match=r"holds examples made with .* is asked for; give another output_dir"):
+            recipe.build_pool(changed, seed, tmp_path)
+
+
+def test_weights_of_no_family_are_refused(recipe: ModuleType) -> None:
+    with pytest.raises(ValueError, match=r"weights: \['chain_sums'\] are no pretraining families; those"):
+        recipe.PretrainingArguments(weights={"chain_sums": 2.0})

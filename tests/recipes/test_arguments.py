@@ -9,13 +9,13 @@ from peft import LoraConfig
 
 from dip_hf import DIPNetConfig
 from dip_hf.blocks import parse_blocks
-from dip_hf.recipe.arguments import make_parser
+from dip_hf.recipe.arguments import SFTParser
 from tests.recipes.support import CONFIGS, ROOT
 
 
 def parse(path: Path, *options: str) -> tuple[Any, ...]:
     # A dry run may ask for bfloat16 where the machine has none
-    return make_parser().parse_recipe(["--config", str(path), "--dry_run", *options])
+    return SFTParser().parse_recipe(["--config", str(path), "--dry_run", *options])
 
 
 def write(folder: Path, **values: Any) -> Path:
@@ -61,7 +61,7 @@ def test_the_command_line_overrides_the_file(tmp_path: Path) -> None:
 
 
 def test_the_config_option_may_use_an_equals_sign(tmp_path: Path) -> None:
-    data, _, _ = make_parser().parse_recipe([f"--config={write(tmp_path)}"])
+    data, _, _ = SFTParser().parse_recipe([f"--config={write(tmp_path)}"])
     assert data.dataset_name == "some/data"
 
 
@@ -147,10 +147,17 @@ def test_a_wrong_value_is_named(tmp_path: Path, values: dict[str, Any], message:
 
 def test_a_missing_path_after_config_is_named() -> None:
     with pytest.raises(ValueError, match="--config needs the path"):
-        make_parser().parse_recipe(["--config"])
+        SFTParser().parse_recipe(["--config"])
 
 
 def test_the_help_of_every_field_prints(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        make_parser().parse_args(["--help"])
+        SFTParser().parse_args(["--help"])
     assert stop.value.code == 0 and "--dres_blocks" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("field", ["families", "lora_target_modules"])
+def test_a_text_where_a_list_belongs_is_a_list_of_one(field: str, tmp_path: Path) -> None:
+    data, _, adapter = parse(write(tmp_path, **{"dataset_name": None, "families": ["gcd"], field: "number_sorting"}))
+    given = {"families": data.families, "lora_target_modules": adapter.lora_target_modules}[field]
+    assert given in (["number_sorting"], "number_sorting")  # PEFT takes one module's name as a text

@@ -1,5 +1,6 @@
 """Loading of local datasets, and what is refused before anything trains."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import datasets
 import pytest
 
 from dip_hf.recipe.arguments import DataArguments
-from dip_hf.recipe.data import load_eval_dataset, load_train_dataset
+from dip_hf.recipe.data import is_local, load_eval_dataset, load_train_dataset
 
 
 @pytest.fixture(autouse=True)
@@ -86,3 +87,17 @@ def test_families_share_no_question_between_training_and_validation() -> None:
 def test_an_unknown_family_is_named() -> None:
     with pytest.raises(ValueError, match="unknown reasoning family 'lmc'"):
         load_train_dataset(DataArguments(families=["lmc"]))
+
+
+def test_a_compressed_file(tmp_path: Path) -> None:
+    name = tmp_path / "rows.v2.jsonl.gz"
+    with gzip.open(name, "wt") as file:
+        file.write(json.dumps({"prompt": "1 + 1 =", "completion": " 2"}))
+    assert len(list(load_train_dataset(DataArguments(dataset_name=str(name))))) == 1
+
+
+@pytest.mark.parametrize("name", ["nowhere/rows.jsonl", "rows.csv.gz", "./rows", "/nowhere/rows"])
+def test_a_file_that_is_not_there_is_no_name_on_the_hub(name: str) -> None:
+    with pytest.raises(ValueError, match=f"dataset_name='{name}' does not exist"):
+        is_local(name)
+    assert not is_local("openai/gsm8k")

@@ -15,7 +15,7 @@ import torch
 from peft import get_peft_model
 from transformers import AutoConfig
 
-from dip_hf.recipe.arguments import make_parser
+from dip_hf.recipe.arguments import SFTParser
 from dip_hf.recipe.dry_run import build_on_meta, describe_run
 from dip_hf.trainer import optimizer_groups
 from tests.recipes.support import ARCHITECTURES, CONFIGS, ROOT, load_sft, save_small_model
@@ -41,7 +41,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def describe(*argv: str) -> str:
-    arguments = make_parser().parse_recipe([*argv, "--dry_run"])
+    arguments = SFTParser().parse_recipe([*argv, "--dry_run"])
     return "\n".join(describe_run(*arguments, architectures=ARCHITECTURES))
 
 
@@ -163,7 +163,7 @@ def test_groups_are_those_of_a_real_trainer(tmp_path: Path, adapter: str) -> Non
     sft = load_sft()
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "How many?", "completion": " One."}) + "\n")
-    data, training, chosen = make_parser().parse_recipe(
+    data, training, chosen = SFTParser().parse_recipe(
         [
             *("--model_name_or_path", str(save_small_model(tmp_path / "model")), "--dataset_name", str(rows)),
             *("--output_dir", str(tmp_path / "out"), "--use_cpu", "--bf16", "false", "--weight_decay", "0.1"),

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from dip_hf.recipe.arguments import make_parser
+from dip_hf.recipe.arguments import SFTParser
 from dip_hf.recipe.dry_run import describe_run
 from tests.recipes.support import ARCHITECTURES, load_sft, save_small_model
 
@@ -19,7 +19,7 @@ def test_it_trains_with_pefts_loss_and_loads_again(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text((json.dumps({"prompt": "How many?", "completion": " One."}) + "\n") * 4)
     base = str(save_small_model(tmp_path / "model"))
-    arguments = make_parser().parse_recipe(
+    arguments = SFTParser().parse_recipe(
         [
             *("--model_name_or_path", base, "--dataset_name", str(rows), "--output_dir", str(tmp_path / "out")),
             *("--adapter", "monteclora", "--use_cpu", "--bf16", "false", "--max_steps", "2", "--report_to", "none"),
@@ -58,9 +58,9 @@ def test_set_ups_in_which_it_would_go_wrong(options: list[str], message: str, tm
     rows.write_text(json.dumps({"prompt": "How many?", "completion": " One."}) + "\n")
     argv = ["--model_name_or_path", base, "--dataset_name", str(rows), "--use_cpu", "--bf16", "false", *options]
     argv += ["--lora_target_modules", "all-linear", "--output_dir", str(tmp_path / "out")]
-    arguments = make_parser().parse_recipe([*argv, "--adapter", "monteclora"])
+    arguments = SFTParser().parse_recipe([*argv, "--adapter", "monteclora"])
     with pytest.raises(ValueError, match=message):
         load_sft().make_trainer(*arguments)
     with pytest.raises(ValueError, match=message):
         next(describe_run(*arguments, architectures=ARCHITECTURES))
-    assert next(describe_run(*make_parser().parse_recipe([*argv, "--adapter", "lora"]), architectures=ARCHITECTURES))
+    assert next(describe_run(*SFTParser().parse_recipe([*argv, "--adapter", "lora"]), architectures=ARCHITECTURES))

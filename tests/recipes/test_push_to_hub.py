@@ -66,3 +66,8 @@ def test_the_command_has_every_field(capsys: pytest.CaptureFixture[str]) -> None
     text = capsys.readouterr().out
     for field in fields(PushSettings):
         assert f"--{field.name}" in text or field.name.upper() in text
+
+
+def test_a_config_file_that_is_not_there(recipe: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"recipes/push_to_hub\.py: .*No such file.*missing\.yaml"):
+        recipe.main([f"--config={tmp_path / 'missing.yaml'}"])

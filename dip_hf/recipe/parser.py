@@ -1,0 +1,68 @@
+"""How recipes read their command lines and YAML files."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+from trl import TrlParser
+
+
+class RecipeParser(TrlParser):
+    """[`~trl.TrlParser`] that raises `ValueError` with the close matches of an unknown name, before anything loads.
+
+    Args:
+        dataclass_types: whose fields are the options, and the keys of a file.
+    """
+
+    def __init__(self, dataclass_types: Iterable[Any]) -> None:
+        # A shortened option would silently mean another field after a new one is added
+        super().__init__(dataclass_types, allow_abbrev=False)
+        for action in self._actions:
+            if action.nargs == "+":
+                action.nargs = "*"  # an option without a value is an empty list, as a file can give it
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the several hundred options that the parser knows."""
+        raise ValueError(message)
+
+    def set_defaults_with_config(self, **config: Any) -> list[str]:
+        """Take the defaults from a config file's mapping, all of whose keys must be fields.
+
+        A text where a list belongs is a list of one, as on the command line.
+        """
+        actions = {action.dest: action for action in self._actions}
+        for key, value in config.items():
+            if key not in actions:
+                raise ValueError(f"the config file's key {key!r} is no field{_close_to(str(key), actions)}")
+            if actions[key].nargs == "*" and isinstance(value, str):
+                config[key] = [value]
+        return super().set_defaults_with_config(**config)
+
+    def parse_recipe(self, argv: list[str] | None = None) -> tuple[Any, ...]:
+        """Parse `--config FILE` and the options after or before it, which override the file's values.
+
+        Raises:
+            ValueError: an unknown key or option (with its close matches), or a value that its field refuses.
+        """
+        argv = sys.argv[1:] if argv is None else argv
+        known = {option.removeprefix("--") for option in self._option_string_actions} | {"config"}
+        for option in (argument.partition("=")[0] for argument in argv if argument.startswith("--")):
+            if option.removeprefix("--") not in known:
+                raise ValueError(f"the option {option!r} is no field{_close_to(option.removeprefix('--'), known)}")
+        if argv[-1:] == ["--config"]:
+            raise ValueError("--config needs the path of a YAML file")
+        # TRL looks for the two words only
+        words = [word for argument in argv for word in _split_config_option(argument)]
+        return self.parse_args_and_config(words)
+
+
+def _split_config_option(argument: str) -> list[str]:
+    return ["--config", argument.removeprefix("--config=")] if argument.startswith("--config=") else [argument]
+
+
+def _close_to(name: str, known: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(name.replace("-", "_"), sorted(known), n=3)
+    return f"; did you mean {', '.join(map(repr, matches))}?" if matches else "; `--help` lists the fields"
