@@ -188,3 +188,11 @@ def test_options_name_field_and_value(field: str, value: object) -> None:
 
 def test_due_every_nth_step() -> None:
     assert [step for step in range(7) if ICPOptions(interval=3).due(step)] == [0, 3, 6]
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_documents_first_token_is_of_the_prompt_masked_or_not(masked: bool) -> None:
+    """Collators of padding-free batches mask it, those that pad do not."""
+    labels = torch.tensor([[-100 if masked else 3, 4, 5], [3, 4, 5]])
+    inputs = {"input_ids": torch.ones(2, 3, dtype=torch.long), "labels": labels}
+    assert perturbed_tokens(inputs, "prompt").tolist() == [[True, False, False]] * 2
