@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from dip_hf.noise import NoiseKey
 from dip_hf.second_pass import IN_SECOND_PASS
 
 
+@torch.compiler.disable
 def _recomputing() -> bool:
-    """Whether this runs inside a backward pass: a checkpoint computes a part of the forward pass again."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    """Whether this runs inside a backward pass: a checkpoint computes a part of the forward pass again.
+
+    Asked in compiled code too, at the cost of a break in its graph: a compiled part of a block that is recomputed
+    would otherwise draw anew.
+    """
+    return torch._C._current_graph_task_id() != -1
+
+
+def given_mask(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+    """The attention mask in the arguments of a call of `model`, by name or by position; None where there is none."""
+    if len(args) < 2:  # the tokens alone
+        return kwargs.get("attention_mask")
+    names = inspect.signature(model.forward).parameters
+    return {**dict(zip(names, args, strict=False)), **kwargs}.get("attention_mask")
 
 
 @dataclass
@@ -28,8 +43,10 @@ class NoiseState:
         posterior_key: the same for the posteriors, which may keep their sample while the noise changes.
         trajectories: m, the number of trajectories folded into the batch from the first random block on.
         averaged: whether whoever opened the context makes one output of the m trajectories', as generation needs.
-        sampling: whether a `sampling` context is open: noise is then on in evaluation too, under that context's key.
+        sampling: whether a `sampling` context is open: what is drawn is then a function of that context's key.
+        everywhere: whether inside of it noise is on in evaluation too, or only where it is by itself.
         generating: whether text is being generated: a model in training mode then draws nothing of its own accord.
+        kept_sample: key of the posteriors' sample in the text that is being generated; None before its first token.
         visited: what drew noise outside such a context: who comes again belongs to a new forward pass, which gets a
             new key.
         tokens: number of tokens that the folded blocks see, over all trajectories; 0 before the first folded pass.
@@ -46,7 +63,9 @@ class NoiseState:
     trajectories: int = 1
     averaged: bool = False
     sampling: bool = False
+    everywhere: bool = True
     generating: bool = False
+    kept_sample: Tensor | None = None
     visited: set[int] = field(default_factory=set)
     tokens: int = 0
     last_sample: tuple[Tensor, int] | None = None
@@ -55,18 +74,20 @@ class NoiseState:
 
     @contextmanager
     def passes_under(
-        self, key: NoiseKey, posterior_key: NoiseKey, trajectories: int, averaged: bool
+        self, key: NoiseKey, posterior_key: NoiseKey, trajectories: int, averaged: bool, everywhere: bool
     ) -> Iterator[None]:
         """Forward passes inside are sampled, with these keys and m; contexts nest."""
-        outer = (self.key, self.posterior_key, self.trajectories, self.averaged, self.sampling, self.log_variances)
+        outer = (self.key, self.posterior_key, self.trajectories, self.averaged, self.sampling, self.everywhere)
+        log_variances = self.log_variances
         self.key, self.posterior_key = key.tensor(), posterior_key.tensor()
         self.trajectories, self.averaged = trajectories, averaged
-        self.sampling, self.log_variances = True, {}
+        self.sampling, self.everywhere, self.log_variances = True, everywhere, {}
         self.last_sample = (self.posterior_key, trajectories)
         try:
             yield
         finally:
-            self.key, self.posterior_key, self.trajectories, self.averaged, self.sampling, self.log_variances = outer
+            self.key, self.posterior_key, self.trajectories, self.averaged, self.sampling, self.everywhere = outer
+            self.log_variances = log_variances
 
     def draws(self, training: bool, in_eval: bool) -> bool:
         """Whether a pass now draws noise or samples.
@@ -75,16 +96,18 @@ class NoiseState:
             training: whether the module is in training mode.
             in_eval: whether the adapter draws in evaluation too.
         """
-        return self.sampling or in_eval or (training and not self.generating)
+        return (self.sampling and self.everywhere) or in_eval or (training and not self.generating)
 
     @contextmanager
     def generation(self) -> Iterator[None]:
-        """Forward passes inside generate text."""
-        outer, self.generating = self.generating, True
+        """Forward passes inside generate text: outside of `sampling` with one and the same sample of the posteriors,
+        for the cache holds keys and values of all of them."""
+        outer = (self.generating, self.kept_sample)
+        self.generating, self.kept_sample = True, None
         try:
             yield
         finally:
-            self.generating = outer
+            self.generating, self.kept_sample = outer
 
     @contextmanager
     def masked(self, attention_mask: Tensor | None) -> Iterator[None]:
@@ -120,8 +143,10 @@ class NoiseState:
             rank = dist.get_rank() if dist.is_initialized() else 0
             first, rest = (torch.tensor(part, device="cpu") for part in ([seed], [0, rank]))
             self.key = torch.cat([first, self.key[1:2] + 1, rest])
-            self.posterior_key = self.key
-            self.last_sample = (self.key, 1)
+            if self.generating and self.kept_sample is None:
+                self.kept_sample = self.key
+            self.posterior_key = self.key if self.kept_sample is None else self.kept_sample
+            self.last_sample = (self.posterior_key, 1)
             self.visited = set()
         self.visited.add(layer)
 

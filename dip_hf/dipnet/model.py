@@ -16,7 +16,7 @@ from dip_hf.dipnet.trajectories import check_model, fold_trajectories
 from dip_hf.ibvi.layer import Covariance, active_covariances, forget_posterior, make_point
 from dip_hf.ibvi.placement import add_posteriors, check_targets
 from dip_hf.noise import NoiseKey
-from dip_hf.noise_state import NoiseState
+from dip_hf.noise_state import NoiseState, given_mask
 from dip_hf.peft_compat import BaseTunerLayer, LoraLayer, convert_targets
 
 
@@ -157,7 +157,7 @@ class DIPNetModel(SavedLoraModel):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As PEFT's; the sites learn which tokens are padding, which must not count in the noise's scale."""
-        with self.noise_state.masked(kwargs.get("attention_mask")):
+        with self.noise_state.masked(given_mask(self.model, args, kwargs)):
             return super().forward(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -194,7 +194,12 @@ class DIPNetModel(SavedLoraModel):
 
     @contextmanager
     def sampling(
-        self, key: NoiseKey, trajectories: int = 1, posterior_key: NoiseKey | None = None, averaged: bool = False
+        self,
+        key: NoiseKey,
+        trajectories: int = 1,
+        posterior_key: NoiseKey | None = None,
+        averaged: bool = False,
+        everywhere: bool = True,
     ) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
         """Forward passes inside draw noise, and weights from the posterior, under `key`, in evaluation mode too.
 
@@ -207,6 +212,7 @@ class DIPNetModel(SavedLoraModel):
             posterior_key: the key of z, where it shall stay while the noise changes, as in a generation token by
                 token; None for `key`.
             averaged: the caller makes one output of every row's m, by a hook on the model, which `generate` needs.
+            everywhere: False in evaluation for the noise of adapters with `noise_in_eval` alone, under this key.
 
         Yields:
             A dictionary that a forward pass fills: block index to (log-variance relative to the squared RMS, shape
@@ -220,7 +226,7 @@ class DIPNetModel(SavedLoraModel):
             raise ValueError(f"trajectories={trajectories} must be at least 1.")
         if trajectories > 1 and hasattr(self.model, "config"):
             check_model(self.model.config, trajectories)
-        with self.noise_state.passes_under(key, posterior_key or key, trajectories, averaged):
+        with self.noise_state.passes_under(key, posterior_key or key, trajectories, averaged, everywhere):
             layers = random_layers(self.model)
             first = next(layers, None)
             if first is None:
@@ -281,7 +287,7 @@ class DIPNetModel(SavedLoraModel):
                     "adapters with noise_in_eval=True, or inside `sampling`, one at a time."
                 )
         # A PeftModel without a task type calls the model inside of this, and never the tuner
-        mask = self.noise_state.masked(kwargs.get("attention_mask"))
+        mask = self.noise_state.masked(given_mask(self.model, args, kwargs))
         with mask, super()._enable_peft_forward_hooks(*args, **kwargs):
             yield
 

@@ -67,6 +67,11 @@ class SequencePass(CodedPass):
         names = list(inspect.signature(block.forward).parameters)
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         hidden_states = arguments.pop(names[0])
+        if hidden_states.dim() != 3:
+            raise ValueError(
+                f"dres_placement='sequence': blocks' inputs have shape {tuple(hidden_states.shape)} and not (rows, "
+                "length, size); use dres_placement='token', or, where that is refused too, set dres_weight to 0."
+            )
         if not self.calls:
             devices = {next(block.parameters()).device for block in self.modules.values()}
             self.surroundings = Surroundings.now({hidden_states.device, *devices})
@@ -81,6 +86,7 @@ class SequencePass(CodedPass):
         name = f"{names[0]}..{names[-1]}"
         if not self.record.groups:
             self.record.errors[name] = outputs.new_zeros((), dtype=torch.float32)
+            self.calls.clear()
             return
         mask = self.valid_positions(outputs)
         valid = None if mask is None else self._group(mask, order).all(0)

@@ -25,7 +25,7 @@ def posterior_number(name: str) -> int:
 
 
 def initial_covariance(rank: int, shape: tuple[int, int], scale: float, seed: int, number: int) -> Tensor:
-    """S ~ N(0, c²/(nR)), so that a weight's prior standard deviation is c/√n, as large as LoRA's A at c = 1.
+    """S ~ N(0, c²/(nR)), so that a weight's prior standard deviation is c/√n, √3 · c times that of a new LoRA's A.
 
     The paper's family (its authors' code): entries of standard deviation prior scale / √R. A function of its
     arguments alone: no global generator is touched, so that LoRA's own weights come out as without it.

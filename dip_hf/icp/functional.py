@@ -218,7 +218,8 @@ def perturbed_tokens(inputs: Mapping[str, Any], positions: str) -> Tensor:
     Args:
         inputs: a batch, with `labels` for "prompt".
         positions: "all" valid tokens, or the valid ones without label, the "prompt" (this project's choice: the
-            perturbation of a labelled token tells of the labels behind it).
+            perturbation of a labelled token tells of the labels behind it), but for a document's first one, whose
+            label trains nothing, and which collators mask or not.
     """
     valid = valid_tokens(inputs)
-    return valid if positions == "all" else valid & (inputs["labels"] == -100)
+    return valid if positions == "all" else valid & (inputs["labels"] == -100) & ~first_tokens(inputs)

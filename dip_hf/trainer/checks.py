@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from accelerate.utils import DynamoBackend
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from torch import nn
@@ -63,7 +64,7 @@ def check_drawn_noise(model: nn.Module) -> None:
                 raise ValueError(
                     f"active adapters {[drawn, *others]}: block {site.layer} draws the noise of {drawn!r}, the first "
                     f"of them, so that the noise of {name!r} would be trained without being drawn; activate {name!r} "
-                    f"first or alone, or merge {drawn!r} into the base."
+                    f"first or alone, or merge {drawn!r} into the base by merge_and_unload."
                 )
 
 
@@ -215,7 +216,10 @@ def check_batch(model: PreTrainedModel, inputs: Mapping[str, Any], trajectories:
             `cu_seq_lens_q` beside them); or the model adds features of images between its blocks.
     """
     images = [name for name in ("pixel_values", "pixel_values_videos") if inputs.get(name) is not None]
-    if images and (model.config.to_dict().get("vision_config") or {}).get("deepstack_visual_indexes"):
+    config = model.config.to_dict()
+    if images and (
+        config.get("deepstack_layer_map") or (config.get("vision_config") or {}).get("deepstack_visual_indexes")
+    ):
         raise ValueError(
             f"num_trajectories={trajectories}: {type(model).__name__} adds features of {images[0]} to the rows "
             "between its blocks, and knows nothing of their copies; train on text alone, or set num_trajectories to 1."
@@ -235,9 +239,16 @@ def check_batch(model: PreTrainedModel, inputs: Mapping[str, Any], trajectories:
 def check_second_pass(trainer: SFTTrainer) -> None:
     """
     Raises:
-        ValueError: sharded parameters, which are whole only during the wrapper's own pass; an adapter that a second
-            pass finds changed; padding without a mask; or no prompts to perturb.
+        ValueError: sharded parameters, which are whole only during the wrapper's own pass; compiled code, which sees
+            no hooks that come and go; an adapter that a second pass finds changed; padding without a mask; or no
+            prompts to perturb.
     """
+    backend = trainer.accelerator.state.dynamo_plugin.backend
+    if backend != DynamoBackend.NO:
+        raise ValueError(
+            f"dynamo_backend={backend.value} of accelerate does not work with dres_weight or icp_weight, whose hooks "
+            "come and go between steps, which compiled code does not see; set it to 'no', or these weights to 0."
+        )
     zero_stage = trainer.args.deepspeed_plugin.zero_stage if trainer.is_deepspeed_enabled else 0
     if trainer.is_fsdp_enabled or zero_stage == 3:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from copy import deepcopy
 from dataclasses import dataclass, field, fields
@@ -268,4 +269,4 @@ def own_config(args: TrainingArguments) -> DIPSFTConfig:
         )
     # What `to_dict` hides or loses: whatever is called a token, the tokenizer's own too, and what has no JSON
     kept = {name: value for name, value in given.items() if name.endswith("_token") or name == "parallelism_config"}
-    return DIPSFTConfig(**{**args.to_dict(), **kept})
+    return DIPSFTConfig(**{**copy.deepcopy(args).to_dict(), **kept})  # it writes into `model_init_kwargs`

@@ -54,6 +54,18 @@ class DIPNetObjective:
         kept = [self.model.peft_config[name].noise_in_eval for name in self.tuner.active_adapters]
         return (self.model.training or any(kept)) and next(random_layers(self.tuner.model), None) is not None
 
+    @contextmanager
+    def scale_unchanged(self) -> Iterator[None]:
+        """Noise whose scale is first measured inside has none again afterwards."""
+        leaves = [module for module in self.model.modules() if isinstance(module, LogVariance)]
+        unmeasured = [leaf for leaf in leaves if not leaf.calibrated and not leaf.rms.item() > 0]
+        try:
+            yield
+        finally:
+            for leaf in unmeasured:
+                leaf.rms.zero_()
+                leaf.calibrated = False
+
     def restore_precision(self, given: dict[str, Tensor]) -> None:
         """Make our parameters fp32 again: `SFTTrainer` casts the adapter of a quantised model to bf16.
 

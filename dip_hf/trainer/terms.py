@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -36,17 +37,23 @@ class Term:
         """What is added to the loss of this micro-batch."""
         return self.value * (self.weight * self.share)
 
-    def check_finite(self, step: int) -> None:
-        """
-        Raises:
-            FloatingPointError: the value is NaN or infinite; names the step and the term.
-        """
-        if not torch.isfinite(self.value):
-            remedy = "Start" if self.name == "task" else "Lower the term's weight and resume from it, or start"
-            raise FloatingPointError(
-                f"Step {step}: the term {self.name!r} is {self.value.item()}. Training stopped before the optimiser "
-                f"step; the last checkpoint is intact. {remedy} {NEW_RUN}"
-            )
+
+def check_finite(name: str, value: float, step: int) -> None:
+    """
+    Args:
+        name: of a term.
+        value: the term's.
+        step: at which it came up.
+
+    Raises:
+        FloatingPointError: the value is NaN or infinite; names the step and the term.
+    """
+    if not math.isfinite(value):
+        remedy = "Start" if name == "task" else "Lower the term's weight and resume from it, or start"
+        raise FloatingPointError(
+            f"Step {step}: the term {name!r} is {value}. Training stopped before the optimiser step; the last "
+            f"checkpoint is intact. {remedy} {NEW_RUN}"
+        )
 
 
 def batch_mean(name: str, value: Tensor, weight: float, accumulation_steps: int) -> Term:

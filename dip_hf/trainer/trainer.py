@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from contextlib import ExitStack
-from dataclasses import replace
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any
 
@@ -40,7 +39,7 @@ from dip_hf.trainer.objective import DIPNetObjective, DIPNetPass, fold_labels, o
 from dip_hf.trainer.optimizer import check_own_optimizer, check_posterior, compose_optimizer
 from dip_hf.trainer.publishing import PublishingTrainer
 from dip_hf.trainer.resume import check_resumed
-from dip_hf.trainer.terms import Term, batch_mean, token_mean
+from dip_hf.trainer.terms import Term, batch_mean, check_finite, token_mean
 
 
 class DIPSFTTrainer(PublishingTrainer):
@@ -57,7 +56,8 @@ class DIPSFTTrainer(PublishingTrainer):
     Args:
         model: as for `SFTTrainer`.
         args: a `DIPSFTConfig`; TRL's `SFTConfig` is accepted, with this project's defaults for the rest. What DReS
-            and ICP do is read from it here and now, so that another value set later has no effect on them.
+            and ICP do is read from it here and now, so that another value set later has no effect on them, but for
+            `dres_weight` while it stays above 0.
         train_dataset: as for `SFTTrainer`; neither empty nor with rows that train no token.
         **kwargs: as for `SFTTrainer`.
 
@@ -132,14 +132,16 @@ class DIPSFTTrainer(PublishingTrainer):
     ) -> Any:
         """The task loss, plus every regulariser that is on; in evaluation the task loss alone."""
         regularised = self.dipnet is not None or self.dres is not None or self.icp is not None
+        # Under regional compilation `model` is a copy, and evaluation leaves `self.model`, which TRL asks, as it was
+        self.model.training = model.training
         if not self.model.training or not regularised:
             with ExitStack() as sampling:
                 if self.dipnet is not None and self.dipnet.is_random():
-                    sampling.enter_context(self.dipnet.tuner.sampling(self._noise_key()))
+                    sampling.enter_context(self.dipnet.tuner.sampling(self._noise_key(), everywhere=False))
                 result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             loss = result[0] if return_outputs else result
             if self.model.training:
-                batch_mean("task", loss, 1.0, 1).check_finite(self.state.global_step)
+                check_finite("task", loss.item(), self.state.global_step)
             return result
         if return_outputs:
             raise ValueError("return_outputs=True is for evaluation; regularised training returns the loss alone.")
@@ -159,17 +161,14 @@ class DIPSFTTrainer(PublishingTrainer):
         if trajectories > 1:
             check_batch(self.model, inputs, trajectories)
         folded = fold_labels(inputs, trajectories)
+        items = None if num_items_in_batch is None else num_items_in_batch * trajectories
         with ExitStack() as sampling:
             noise = None if self.dipnet is None else sampling.enter_context(self.dipnet.sampling(key))
             with ExitStack() as watching:
                 clean = None if icp is None else watching.enter_context(icp.clean())
                 mask = inputs.get("attention_mask")
                 coded = None if self.dres is None else watching.enter_context(self.dres.attached(key, mask))
-                task = super().compute_loss(
-                    model,
-                    folded,
-                    num_items_in_batch=None if num_items_in_batch is None else num_items_in_batch * trajectories,
-                )
+                task = super().compute_loss(model, folded, num_items_in_batch=items)
             terms = [Term("task", task * steps, weight, 1 / steps)]
             values: dict[str, float] = {}
             if noise is not None:  # before ICP's second pass, which writes over what the first left
@@ -178,8 +177,10 @@ class DIPSFTTrainer(PublishingTrainer):
             if coded is not None:
                 terms.append(batch_mean("dres/error", coded.error, self.args.dres_weight, steps))
             if icp is not None and clean is not None:
-                again = partial(self.model, **folded, fused_lm_head=True)
-                total, tokens = icp.loss(clean, inputs, task, lambda: again().loss, key)
+                # On the scale of `task`, for Adam's moments mix the gradients of all steps
+                again = partial(self.model, **folded, num_items_in_batch=items, fused_lm_head=True)
+                scale = 1 if items is None else self._counted_processes()
+                total, tokens = icp.loss(clean, inputs, task, lambda: again().loss * scale, key)
                 terms.append(self._feature_term(total, tokens, feature_weight, num_items_in_batch, steps))
         self._log_terms(terms, values)
         return torch.stack([term.loss.to(task.device) for term in terms]).sum()
@@ -258,9 +259,13 @@ class DIPSFTTrainer(PublishingTrainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """As Trainer's; noise that an adapter keeps in evaluation is a function of the step and the batch's number."""
+        """As Trainer's; noise that an adapter keeps in evaluation is a function of the step and the batch's number.
+
+        Before training that noise has the scale of the evaluation's first batch, and training measures its own.
+        """
         self._micro_steps[False] = (-1, -1)
-        return super().evaluation_loop(*args, **kwargs)
+        with nullcontext() if self.dipnet is None else self.dipnet.scale_unchanged():
+            return super().evaluation_loop(*args, **kwargs)
 
     def _log_terms(self, terms: list[Term], values: dict[str, float]) -> None:
         """Check every term, then note it raw and weighted, and further values as they are, for the next log line."""
@@ -268,10 +273,8 @@ class DIPSFTTrainer(PublishingTrainer):
         # Not `gather_for_metrics`, which takes the terms for examples and cuts them to the size of a short last batch.
         here = torch.stack([term.value.detach().float().to(terms[0].value.device) for term in terms])
         reduced = self.accelerator.reduce(here, reduction="mean")
-        for term, value, mean in zip(terms, reduced, reduced.tolist(), strict=True):
-            replace(term, value=value).check_finite(
-                self.state.global_step
-            )  # the mean, so that all ranks stop together
+        for term, mean in zip(terms, reduced.tolist(), strict=True):
+            check_finite(term.name, mean, self.state.global_step)  # the mean, so that all ranks stop together
             metrics[term.name].append(mean)
             if term.weight != 1:
                 metrics[f"{term.name}_weighted"].append(mean * term.weight)

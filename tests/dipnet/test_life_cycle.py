@@ -233,3 +233,16 @@ def test_a_copy_is_independent(model: PeftModel) -> None:
     with torch.no_grad():
         sites(other)[0].leaf("default").weight.add_(1)
     assert torch.equal(noisy(model), before) and not torch.equal(noisy(other), before)
+
+
+def test_a_mask_given_by_position_counts(base: str) -> None:
+    scales = []
+    for by_position in (False, True):
+        model = adapt(load_base(base), task_type=None).train()
+        inputs = batch(padded=True)
+        if by_position:
+            model(inputs["input_ids"], inputs["attention_mask"])
+        else:
+            model(**inputs)
+        scales.append([site.leaf("default").rms.item() for site in sites(model)])
+    assert scales[0] == scales[1]

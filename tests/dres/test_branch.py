@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch._subclasses import FakeTensorMode
+from transformers import AutoModelForCausalLM, Gemma3nTextConfig
 
 from dip_hf import DIPNetConfig
 from dip_hf.dres import coded_pass
@@ -231,3 +232,27 @@ def test_features_of_images_that_enter_between_blocks() -> None:
     with pytest.raises(ValueError, match=r"dres_placement='sequence': .* in front of block 1 of dres_blocks.*'token'"):
         run(model, branch_of(model, "sequence", blocks="all"), inputs)
     run(model, branch_of(model, "token", blocks="all"), inputs)
+
+
+def test_blocks_inputs_of_several_streams_are_refused() -> None:
+    """As Gemma 3n's, whose first dimension is no row."""
+    config = Gemma3nTextConfig(
+        vocab_size=48,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        vocab_size_per_layer_input=48,
+        hidden_size_per_layer_input=8,
+        laurel_rank=4,
+        num_kv_shared_layers=0,
+        altup_num_inputs=4,
+        layer_types=["full_attention"] * 3,
+        activation_sparsity_pattern=[0.0] * 3,
+    )
+    model = AutoModelForCausalLM.from_config(config).train()
+    branch = branch_of(model, "sequence")
+    with pytest.raises(ValueError, match=r"dres_placement='sequence': blocks' inputs have shape \(4, 8, 7, 16\)"):
+        run(model, branch, {"input_ids": torch.ones(8, 7, dtype=torch.long)})

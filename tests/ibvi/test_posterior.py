@@ -214,3 +214,24 @@ def test_two_active_adapters_have_independent_samples() -> None:
     noisy(model)
     assert torch.equal(*[layer.lora_dip_covariance[name].weight for name in ("default", "other")])
     assert len(seen) == 2 and not torch.allclose(*seen)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"noise_blocks": "all"}])
+def test_a_generated_text_is_of_one_sample(arguments: dict[str, Any]) -> None:
+    """Where evaluation keeps the noise: the cache holds keys and values of every token before."""
+    model = variational(build(), noise_in_eval=True, **arguments).eval()
+    state = model.base_model.noise_state
+    seen: list[tuple[Any, Any]] = []
+
+    def watch(*_: Any) -> None:
+        seen.append((tuple(state.posterior_key.tolist()), tuple(state.key.tolist())))
+
+    model.get_base_model().model.register_forward_hook(watch)
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    model.generate(**batch(1, 5), **options)
+    model.generate(**batch(1, 5), **options)
+    samples, keys = [list(column) for column in zip(*seen, strict=True)]
+    assert len(seen) == 6 and len(set(keys)) == 6
+    assert samples == [samples[0]] * 3 + [samples[3]] * 3 and samples[0] != samples[3]
+    model(**batch(1, 5))
+    assert seen[-1][0] == seen[-1][1] != samples[3]

@@ -111,3 +111,22 @@ def test_several_passes_under_one_key_before_one_backward_pass() -> None:
         total.backward()
         results.append(gradients(model))
     assert all(map(torch.equal, *results))
+
+
+def test_compiled_parts_of_a_block_that_is_recomputed() -> None:
+    """They are compiled anew in the backward pass, when the context has closed, and draw the same sample again."""
+    found = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        model = variational(build(num_hidden_layers=2), target_modules=["q_proj", "up_proj"])
+        if compiled:
+            checkpointed(model)
+            for block in model.base_model.model.model.layers:
+                block.mlp.compile(backend="eager")
+                block.self_attn.compile(backend="eager")
+        with model.train().base_model.sampling(NoiseKey(1)):
+            logits = model(**batch(), use_cache=False).logits
+        logits.square().mean().backward()
+        found.append([parameter.grad for parameter in model.parameters() if parameter.requires_grad])
+    torch.testing.assert_close(found[1], found[0])
+    torch._dynamo.reset()

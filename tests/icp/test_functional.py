@@ -149,7 +149,7 @@ def test_tokens_of_a_padded_batch() -> None:
     assert not compared[:, 0].any() and compared[:, 1:7].all() and not compared[-1, -3:].any()
     assert perturbed_tokens(batch, "all").equal(batch["attention_mask"].bool())
     prompt = perturbed_tokens(batch, "prompt")
-    assert prompt[:, :3].all() and not prompt[:, 3:].any()
+    assert prompt[:, 1:3].all() and not prompt[:, 3:].any() and not prompt[:, 0].any()
 
 
 def test_first_token_behind_left_padding() -> None:
@@ -188,3 +188,11 @@ def test_options_name_field_and_value(field: str, value: object) -> None:
 
 def test_due_every_nth_step() -> None:
     assert [step for step in range(7) if ICPOptions(interval=3).due(step)] == [0, 3, 6]
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_documents_first_token_is_not_of_the_prompt_masked_or_not(masked: bool) -> None:
+    """Collators of padding-free batches mask it, those that pad do not."""
+    labels = torch.tensor([[-100 if masked else 3, -100, 5], [3, 4, 5]])
+    inputs = {"input_ids": torch.ones(2, 3, dtype=torch.long), "labels": labels}
+    assert perturbed_tokens(inputs, "prompt").tolist() == [[False, True, False], [False] * 3]

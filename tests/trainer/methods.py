@@ -82,6 +82,7 @@ METHODS = {
     "dres sequence": Method(LoraConfig, SEQUENCE, inapplicable={**GROUPS, **ROWS}),
     "icp": Method(LoraConfig, ICP),
     "icp late, two steps": Method(LoraConfig, {**ICP, "icp_start_block": 1, "icp_steps": 2, "icp_interval": 1}),
+    "icp adam, two steps": Method(LoraConfig, {**ICP, "icp_update": "adam", "icp_steps": 2}),
     "dipnet + dres + icp": Method(DIPNetConfig, {**DRES, **ICP, "num_trajectories": 2}, inapplicable=GROUPS),
     "ibvi + dres + icp": Method(posterior_only, {**DRES, **ICP}, inapplicable=GROUPS),
     "full, dres + icp": Method(None, {**DRES, **ICP}, inapplicable={**GROUPS, **FULL}),

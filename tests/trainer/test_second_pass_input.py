@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from accelerate.utils import DynamoBackend
 from peft import LoraConfig
 
 from dip_hf import DIPSFTConfig
@@ -115,7 +116,13 @@ def test_set_up(options: dict[str, Any], message: str, tmp_path: Path) -> None:
 def test_sharded_parameters(stage: int) -> None:
     """FSDP (stage 0 here) and ZeRO-3 are refused. The trainer is a stand-in: sharding needs accelerators."""
     arguments = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage))
-    trainer = SimpleNamespace(args=arguments, is_deepspeed_enabled=stage > 0, is_fsdp_enabled=stage == 0)
+    state = SimpleNamespace(dynamo_plugin=SimpleNamespace(backend=DynamoBackend.NO))
+    trainer = SimpleNamespace(
+        args=arguments,
+        accelerator=SimpleNamespace(state=state),
+        is_deepspeed_enabled=stage > 0,
+        is_fsdp_enabled=stage == 0,
+    )
     with pytest.raises(ValueError, match=r"dres_weight and icp_weight do not work with FSDP or ZeRO-3.*or set both"):
         check_second_pass(trainer)  # type: ignore[arg-type]
 

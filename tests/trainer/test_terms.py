@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dip_hf.trainer.terms import Term, batch_mean, token_mean
+from dip_hf.trainer.terms import batch_mean, check_finite, token_mean
 
 
 values = st.floats(-1e3, 1e3)
@@ -63,13 +63,13 @@ def test_what_is_logged_is_what_enters_the_loss(value: float, weight: float, acc
 def test_not_finite(value: float, step: int, name: str) -> None:
     """The error names step, term and value."""
     with pytest.raises(FloatingPointError) as error:
-        Term(name, scalar(value), 1.0, 1.0).check_finite(step)
+        check_finite(name, value, step)
     assert f"Step {step}" in str(error.value) and repr(name) in str(error.value) and str(value) in str(error.value)
 
 
 @given(values)
 def test_finite(value: float) -> None:
-    Term("t", scalar(value), 1.0, 1.0).check_finite(0)
+    check_finite("t", value, 0)
 
 
 def test_gradient() -> None:
