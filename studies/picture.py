@@ -21,7 +21,7 @@ def draw(comparison: Comparison, study: Study, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("the study's pictures need matplotlib: pip install 'dip_hf[eval]'") from error
+        raise ImportError("the study's pictures need matplotlib: install dip_hf with its extra 'eval'") from error
     measures = [measure for measure in comparison.rows if measure.what == "accuracy"]
     # The base, far from every trained arm, would squeeze the scale
     shown = {arm.name for arm in study.arms if arm.name != study.reference and not arm.untrained}

@@ -46,16 +46,16 @@ class DIPNetConfig(LoraConfig):
             cost less when several trajectories are trained: they share the computation below the first noised block.
             `[]` or 0 for none, with `variational_rank` > 0 only.
         noise_scale: initial standard deviation, as a multiple of the RMS of the block's input, measured on the first
-            batch. Must be positive. It adds up over blocks: 0.2 was best on four with few examples
-            (`studies/noise_sweep.yaml`), 0.1 is for more of either (this project's choice).
+            batch. Must be positive. 0.1 is this project's choice; on four blocks trials chose 0.1 with 50 examples a
+            family and 0.2 with 100 (docs/results.md), and it adds up over blocks.
         learn_noise: train the log-variances; False keeps the noise at `noise_scale`.
         noise_in_eval: add noise in evaluation too, and sample the posterior; read when the adapter is made or loaded.
             By default prediction is noise-free (the paper's default) and by the posterior's mean.
         noise_seed: seed of the posterior's initial covariance, and of the noise where no trainer provides one.
         variational_rank: R, rank of the posterior's covariance; 0 is off.
         variational_scale: c, initial standard deviation of a weight as a multiple of 1/√n, n the layer's input size
-            (c = 1 is the paper's; 2 is this project's choice, from studies/ibvi_sweep.yaml). 0 keeps the covariance
-            at zero: LoRA to the last bit.
+            (c = 1 is the paper's; 2 is this project's choice, from studies/ibvi_sweep.yaml on a base since replaced,
+            see docs/first_base). 0 keeps the covariance at zero: LoRA to the last bit.
         variational_blocks: in which decoder blocks the targeted linear layers are variational, chosen as in
             `noise_blocks`. Predictions share the computation below the first. The last quarter is this project's
             choice, from the same sweep; the paper has no adapters.

@@ -8,7 +8,7 @@ import re
 try:
     from math_verify import parse, verify
 except ImportError as error:
-    raise ImportError("scoring numeric answers needs Math-Verify: pip install 'dip_hf[eval]'") from error
+    raise ImportError("scoring numeric answers needs Math-Verify: install dip_hf with its extra 'eval'") from error
 
 
 # What the DIPNet paper rewrites GSM8K's "####" to (arXiv 2506.04690, experiments on language models)

@@ -19,7 +19,7 @@ BINS = 15
 TEMPERATURES = (0.05, 20.0)
 """Bounds of a fitted temperature (this project's choice)."""
 
-_MISSING = "calibration needs {}: pip install 'dip_hf[eval]'"
+_MISSING = "calibration needs {}: install dip_hf with its extra 'eval'"
 _Array = NDArray[np.float64]
 
 

@@ -28,7 +28,7 @@ try:
     from lm_eval.api.registry import register_model
     from lm_eval.models.huggingface import HFLM
 except ImportError as error:
-    raise ImportError("dip_hf.evaluation needs lm-eval: pip install 'dip_hf[eval]'") from error
+    raise ImportError("dip_hf.evaluation needs lm-eval: install dip_hf with its extra 'eval'") from error
 
 
 _LETTER = "x"  # stands for a text that another one continues

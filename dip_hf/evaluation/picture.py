@@ -82,7 +82,7 @@ def _figure(size: tuple[float, float]) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("the report's picture needs matplotlib: pip install 'dip_hf[eval]'") from error
+        raise ImportError("the report's picture needs matplotlib: install dip_hf with its extra 'eval'") from error
     return Figure(figsize=size, layout="constrained", dpi=150)
 
 

@@ -33,7 +33,7 @@ def load_reasoning_gym() -> ModuleType:
     try:
         import reasoning_gym
     except ImportError as error:
-        raise ImportError("dip_hf.reasoning needs reasoning-gym: pip install 'dip_hf[reasoning]'") from error
+        raise ImportError("dip_hf.reasoning needs reasoning-gym: install dip_hf with its extra 'reasoning'") from error
     return reasoning_gym
 
 

@@ -108,7 +108,12 @@ class DIPSFTConfig(SFTConfig):
         default=0.5, metadata={"help": "Share of the groups coded per step, a random sample of them."}
     )
     dres_gradient: str = field(
-        default="scale_free", metadata={"help": "Of the error: scale_free, all but the variance's, or coded alone."}
+        default="scale_free",
+        metadata={
+            "help": "What of the error has a gradient: all of it (scale_free), all but the variance that divides it "
+            "(all), or the coded branch alone (coded).",
+            "choices": ["scale_free", "all", "coded"],
+        },
     )
     icp_weight: float = field(default=0.0, metadata={"help": "w, weight of ICP's feature loss; 0 is off."})
     icp_steps: int = field(default=1, metadata={"help": "T, perturbation steps."})

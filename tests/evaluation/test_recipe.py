@@ -122,7 +122,7 @@ def test_without_math_verify_gsm8k_stops_before_its_data_is_loaded(
     arguments = ["--tasks", "dip_gsm8k", "--output_dir", str(tmp_path), "--device", "cpu"]
     with pytest.raises(SystemExit) as stop:
         recipe.main(["--model", base_folder, *arguments])
-    assert "scoring numeric answers needs Math-Verify: pip install 'dip_hf[eval]'" in str(stop.value)
+    assert "scoring numeric answers needs Math-Verify: install dip_hf with its extra 'eval'" in str(stop.value)
 
 
 def test_the_help_says_how_samples_are_averaged(recipe: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,7 +41,13 @@ def test_values_of_the_reference_and_differences_to_it(tmp_path: Path) -> None:
 def test_readme_has_its_tables_from_the_report() -> None:
     report = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    tables = re.findall(r"^\| [\d,]+ examples \|.*\n(?:\|.*\n)+", readme, re.MULTILINE)
+    pattern = re.compile(r"^\| [\d,]+ examples \|.*\n(?:\|.*\n)+", re.MULTILINE)
+    whole = [table.splitlines() for table in pattern.findall(report)]
+    tables = [table.splitlines() for table in pattern.findall(readme)]
     assert len(tables) >= 3
-    for table in tables:
-        assert f"\n\n{table}\n" in report
+    for head, rule, reference, *rows in tables:  # of the long ones README has a selection of rows, in their order
+        assert len(rows) >= 3
+        assert any(
+            table[:3] == [head, rule, reference] and rows == [row for row in table[3:] if row in rows]
+            for table in whole
+        ), head
