@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from dip_hf.noise_state import NoiseState
+from dip_hf.second_pass import BY_HEAD
 
 
 # Arguments of a block that count tokens of a padding-free batch in one dimension, by name because their shape cannot
 # tell them from position indices.
 _CUMULATIVE_LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k")
-# Arguments of a block with a row for each head, or each head of each example: they cannot be repeated by rows.
-_BY_HEAD = ("alibi", "position_bias")
 
 
 def repeat_rows(tensor: Tensor, trajectories: int) -> Tensor:
@@ -68,7 +68,7 @@ def _check_foldable(hidden_states: Tensor, kwargs: dict[str, Any], trajectories:
     Raises:
         ValueError: the block takes something that has no rows to repeat.
     """
-    by_head = [name for name in _BY_HEAD if kwargs.get(name) is not None]
+    by_head = [name for name in BY_HEAD if kwargs.get(name) is not None]
     shared = [name for name, value in kwargs.items() if isinstance(value, Mapping) and value]
     remedy = "set num_trajectories (or num_samples) to 1"
     if hidden_states.dim() > 3:
@@ -107,13 +107,15 @@ def fold_trajectories(blocks: Sequence[nn.Module], trajectories: int, state: Noi
 
     def fold(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         hidden_states, *rest = args if args else (kwargs.pop("hidden_states"),)
+        names = list(inspect.signature(block.forward).parameters)[1 : len(args)] if rest else []
+        names += [""] * (len(rest) - len(names))  # of a forward that takes any
         is_first = block is blocks[0]
         batch = hidden_states.shape[0] // (1 if is_first else trajectories)
         if is_first:
-            _check_foldable(hidden_states, kwargs, trajectories)
+            _check_foldable(hidden_states, {**dict(zip(names, rest, strict=True)), **kwargs}, trajectories)
             hidden_states = repeat_rows(hidden_states, trajectories)
             state.tokens = hidden_states.shape[:-1].numel()
-        rest = [_fold_argument(value, batch, trajectories) for value in rest]
+        rest = [_fold_named(name, value, batch, trajectories) for name, value in zip(names, rest, strict=True)]
         kwargs = {name: _fold_named(name, value, batch, trajectories) for name, value in kwargs.items()}
         return (hidden_states, *rest), kwargs
 

@@ -14,7 +14,7 @@ from transformers import Cache
 
 from dip_hf.dres.coded_pass import CodedPass, rerun
 from dip_hf.dres.functional import encode
-from dip_hf.second_pass import Surroundings, block_output, is_handed_on
+from dip_hf.second_pass import BY_HEAD, Surroundings, block_output, is_handed_on
 
 
 @dataclass
@@ -166,7 +166,7 @@ class SequencePass(CodedPass):
             return tuple(self._code(name, item, rows, order) for item in value)
         if not isinstance(value, Tensor) or value.dim() < 2 or value.shape[0] == 1:
             return value
-        if value.shape[0] != rows:
+        if value.shape[0] != rows or name in BY_HEAD:
             raise ValueError(
                 f"dres_placement='sequence': the blocks' argument {name!r}, of shape {tuple(value.shape)}, cannot be "
                 f"split into the batch's {rows} rows; use dres_placement='token', or, where that is refused too, set "

@@ -54,7 +54,8 @@ class TokenPass(CodedPass):
                 "dres_placement='token' sees no gradient inside reentrant activation checkpoints; set "
                 "activation_checkpointing_kwargs={'use_reentrant': False}."
             )
-        self.inputs, self.outputs = args[0], output
+        # A copy, since a block may add to its MLP's output in place (Falcon's does)
+        self.inputs, self.outputs = args[0], output.clone()
 
     def _run(self, name: str, mlp: nn.Module, block: nn.Module, args: tuple, output: Any) -> None:
         inputs, outputs = self.inputs, self.outputs

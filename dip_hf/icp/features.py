@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import Cache
 
 from dip_hf.second_pass import Surroundings, block_output, is_handed_on
 
@@ -124,6 +125,13 @@ def watch_backbone(
     return watch
 
 
+def _uncached(name: str, value: Any) -> Any:
+    """A block's argument without a cache."""
+    if name == "use_cache":
+        return False
+    return None if isinstance(value, Cache) else value
+
+
 def watch_block(record: ICPRecord, index: int, start_block: int) -> Callable[[nn.Module, tuple, dict[str, Any]], None]:
     """A pre-hook that records the first call with gradient of block `index`, without its cache.
 
@@ -140,9 +148,10 @@ def watch_block(record: ICPRecord, index: int, start_block: int) -> Callable[[nn
                 f"block {index} (as where features of images enter there), and ICP runs the blocks again without "
                 "that; set icp_start_block to 0."
             )
-        # A cache, which a plain transformers call makes by default, would be filled a second time.
-        uncached = {"past_key_values": None, "use_cache": False}
-        kwargs = {name: uncached.get(name, value) for name, value in kwargs.items()}
+        # A cache, which a plain transformers call makes by default, would be filled a second time. Families differ in
+        # its name and place.
+        args = tuple(_uncached("", value) for value in args)
+        kwargs = {name: _uncached(name, value) for name, value in kwargs.items()}
         record.calls[index] = with_hidden_states(Call(args, kwargs), None)
 
     return watch

@@ -149,8 +149,8 @@ class ICPBranch:
 
         Raises:
             RuntimeError: `record` has seen no forward pass with gradient.
-            ValueError: several steps without a `clean_loss`, a random direction without a `key`, or masks or outputs
-                of other dimensions.
+            ValueError: several steps without a `clean_loss`, a random direction without a `key`, masks or outputs of
+                other dimensions, or a pass that went around the backbone or a compared block.
         """
         options = self.options
         if options.steps > 1 and clean_loss is None:
@@ -159,6 +159,7 @@ class ICPBranch:
             raise ValueError("icp_direction='random' needs `key`, a NoiseKey, another one for every micro-batch.")
         if record.site is None:
             raise RuntimeError("ICP: no forward pass with gradient ran inside `clean`; run the task loss there.")
+        self._check_passed(record)
         tokens = perturbed_tokens(inputs, options.positions)
         features = next(iter(record.features.values()))
         if tokens.dim() != 2 or features.dim() != 3:
@@ -233,6 +234,23 @@ class ICPBranch:
         mask = compared_tokens(inputs)
         mask = fit_mask(mask, student[0][: mask.shape[0]], in_front=False)  # unfolded, as `feature_loss` wants it
         return FeatureLoss(*feature_loss(student, [teacher[index] for index in self.layers], self.weights, mask))
+
+    def _check_passed(self, record: ICPRecord) -> None:
+        """
+        Raises:
+            ValueError: the clean pass went around what the teacher's pass begins with, or what is compared.
+        """
+        if self.options.start_block == 0 and record.backbone is None:
+            raise ValueError(
+                f"icp_start_block=0: {type(self.backbone).__name__} did not run as a whole in the clean pass, which "
+                "called its parts; set icp_start_block to 1 or more."
+            )
+        skipped = [index for index in self.layers if index not in record.features]
+        if skipped:
+            raise ValueError(
+                f"icp_layers={self.options.layers} compares the outputs of blocks {self.layers}, of which the clean "
+                f"pass has skipped {skipped}; choose another icp_layers or icp_start_block, or set icp_weight to 0."
+            )
 
     def _compared(self) -> dict[int, nn.Module]:
         return {index: self.blocks[index] for index in self.layers}

@@ -60,6 +60,9 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     ),
     "gpt_neox": lambda: _config(tf.GPTNeoXConfig, **HEADS),
     "opt": lambda: _config(tf.OPTConfig, **HEADS, ffn_dim=48, word_embed_proj_dim=32, dropout=0.0),
+    "falcon": lambda: tf.FalconConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=4, num_attention_heads=4
+    ),
     "mixtral": lambda: _config(tf.MixtralConfig, **EXPERTS),
     "qwen3_moe": lambda: _config(tf.Qwen3MoeConfig, **EXPERTS),
 }

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PromptTuningConfig, get_peft_model
+from transformers import MptConfig, MptForCausalLM
 
 from dip_hf.dres import DReSBranch, coded_pass
 from dip_hf.dres.functional import decode, encode, group_permutation, reconstruction_error
@@ -227,6 +228,9 @@ def test_refused_at_the_forward_pass() -> None:
     positions = torch.arange(7).repeat(4, 1) + torch.arange(4)[:, None]
     with pytest.raises(ValueError, match="'position_ids' differs between the rows"):
         run(model, branch_of(model, "sequence"), {**batch, "position_ids": positions})
+    mpt = MptForCausalLM(MptConfig(vocab_size=models.VOCABULARY, d_model=32, n_heads=4, n_layers=4))
+    with pytest.raises(ValueError, match=r"argument 'position_bias', of shape .* cannot be split into the batch's 4"):
+        run(mpt, branch_of(mpt, "sequence"), batch)  # as many heads as rows
     with branch_of(model, "token").attached(KEY) as record:
         pass
     with pytest.raises(RuntimeError, match="no forward pass"):

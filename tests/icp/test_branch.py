@@ -20,6 +20,7 @@ from dip_hf.dipnet.trajectories import repeat_rows
 from dip_hf.icp import ICPBranch, ICPOptions
 from dip_hf.icp.functional import compared_tokens
 from dip_hf.noise import NoiseKey
+from tests.dipnet.models import build
 from tests.icp.support import DEPTH, HIDDEN, VOCABULARY, icp, padded_batch, task_loss, tiny_llama, with_lora
 
 
@@ -155,6 +156,17 @@ def test_default_cache_of_transformers_is_harmless(start_block: int) -> None:
     assert totals[0] == totals[1]
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "falcon"])
+def test_caches_of_other_names_and_places(family: str, attention: str) -> None:
+    inputs = padded_batch()
+    totals = [
+        icp(build(family, use_cache=cache, _attn_implementation=attention), inputs, start_block=2)[1].total
+        for cache in (False, True)
+    ]
+    assert totals[0] == totals[1]
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("start_block", [0, 2])
 def test_bfloat16(autocast: bool, start_block: int) -> None:
@@ -257,6 +269,20 @@ def test_misuse() -> None:
         task = task_loss(noisy, inputs, repeat_rows(inputs["labels"], 2))
     with pytest.raises(RuntimeError, match="inside the adapter's `sampling` context"):
         branch.loss(record, inputs, task)
+
+
+def test_a_clean_pass_that_goes_around_something() -> None:
+    with pytest.raises(ValueError, match=r"icp_start_block=0: OPTModel did not run as a whole .*icp_start_block to 1"):
+        icp(build("opt"), padded_batch())
+    model = tiny_llama()
+    branch = ICPBranch(model, ICPOptions())
+    model.config.num_hidden_layers = 3  # of four blocks
+    with branch.clean() as record:
+        task = task_loss(model, padded_batch())
+    with pytest.raises(
+        ValueError, match=r"icp_layers=4 compares the outputs of blocks \[0, 1, 2, 3\], .* skipped \[3\]"
+    ):
+        branch.loss(record, padded_batch(), task)
 
 
 def test_a_mask_for_pairs_of_tokens_is_refused() -> None:
