@@ -111,8 +111,9 @@ class NoiseState:
 
     @contextmanager
     def masked(self, attention_mask: Tensor | None) -> Iterator[None]:
-        """Forward passes inside have this mask."""
+        """A forward pass inside has this mask; outside of `sampling` it is a new one, whoever drew in the last."""
         outer, self.attention_mask = self.attention_mask, attention_mask
+        self.visited = set()
         try:
             yield
         finally:

@@ -32,11 +32,6 @@ class PairedDifference:
     better: int
     worse: int
 
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether the interval lies wholly on one side of zero."""
-        return self.low > 0 or self.high < 0
-
 
 def accuracy(strata: Sequence[ArrayLike]) -> float:
     """Unweighted mean over strata of the mean score, a fraction in [0, 1].

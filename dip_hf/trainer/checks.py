@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -123,6 +122,16 @@ def check_noise_setup(trainer: SFTTrainer, args: DIPSFTConfig) -> None:
             )
     if trainer.is_fsdp_enabled:
         _check_quantised(trainer.model)
+    multiple = args.pad_to_multiple_of
+    if (
+        trainer.padding_free
+        and multiple is not None
+        and any(isinstance(m, NoiseSite) for m in trainer.model.modules())
+    ):
+        raise ValueError(
+            f"pad_to_multiple_of={multiple} with packing=True or padding_free=True pads without a mask, so that the "
+            "padding would count in the scale of DIPNet's noise; leave it unset, or turn both off."
+        )
     if args.num_trajectories == 1:
         return
     if any(config.alora_invocation_tokens is not None for config in _active_lora(trainer.model)):
@@ -178,28 +187,16 @@ def _check_quantised(model: nn.Module) -> None:
         )
 
 
-def check_no_adapter(model: nn.Module, args: DIPSFTConfig) -> None:
-    """Warn of what was asked of DIPNet's objective where there is no DIPNet adapter: LoRA as a baseline is no mistake,
-    to have forgotten `DIPNetConfig` is one.
-
+def check_no_adapter(model: nn.Module) -> None:
+    """
     Raises:
-        ValueError: there is one, but put in by transformers' `add_adapter`, which hides it from PEFT and TRL.
+        ValueError: there is a DIPNet adapter, but put in by transformers' `add_adapter`, which hides it from PEFT and
+            TRL.
     """
     if own_parameters(model):
         raise ValueError(
             f"model={type(model).__name__} holds a DIPNet adapter outside of a PeftModel, as add_adapter leaves it; "
             "pass peft_config=DIPNetConfig(...) instead, or a model from get_peft_model or PeftModel.from_pretrained."
-        )
-    asked = [
-        f"{name}={getattr(args, name)}"
-        for name, off in (("num_trajectories", 1), ("stability_weight", 0))
-        if getattr(args, name) != off
-    ]
-    if asked:
-        warnings.warn(
-            f"{' and '.join(asked)} without effect: the model has no DIPNet adapter; pass "
-            "peft_config=DIPNetConfig(...) for DIPNet's objective.",
-            stacklevel=3,
         )
 
 

@@ -7,11 +7,41 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from dip_hf.dipnet.layer import LOG_VARIANCE
 from dip_hf.dres import DReSBranch
+from dip_hf.ibvi.layer import COVARIANCE
 from dip_hf.icp import ICPOptions
 from dip_hf.trainer.config import DIPSFTConfig
+from dip_hf.trainer.objective import own_parameters
+from dip_hf.trainer.optimizer import trainable
+
+
+_OF_ADAPTER = ("num_trajectories", "stability_weight")
+_OF_LEARNED_NOISE = (
+    "variance_weight",
+    "log_variance_weight",
+    "penalty_reduction",
+    "penalty_unit",
+    "noise_learning_rate",
+)
+_OF_POSTERIOR = ("variational_optimizer", "variational_learning_rate")
+
+
+def warn_of_idle_fields(model: nn.Module, args: DIPSFTConfig) -> None:
+    """Warn of what was asked of DIPNet or IBVI where the adapter has none: LoRA as a baseline is no mistake, to have
+    forgotten `DIPNetConfig` or one of its fields is one."""
+    for present, names, lacking in (
+        (own_parameters(model), _OF_ADAPTER, "DIPNet adapter; pass peft_config=DIPNetConfig(...)"),
+        (trainable(model, LOG_VARIANCE), _OF_LEARNED_NOISE, "noise that learns; see DIPNetConfig(noise_blocks=...)"),
+        (trainable(model, COVARIANCE), _OF_POSTERIOR, "posterior; set DIPNetConfig(variational_rank=...)"),
+    ):
+        fields = DIPSFTConfig.__dataclass_fields__
+        asked = [f"{name}={getattr(args, name)}" for name in names if getattr(args, name) != fields[name].default]
+        if asked and not present:
+            warnings.warn(f"{' and '.join(asked)} without effect: the model has no {lacking}.", stacklevel=3)
 
 
 def warn_of_idle_terms(metrics: Mapping[str, Sequence[float]], args: DIPSFTConfig, dres: DReSBranch | None) -> None:

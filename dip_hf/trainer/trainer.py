@@ -34,7 +34,7 @@ from dip_hf.trainer.checks import (
 from dip_hf.trainer.config import DIPSFTConfig, own_config
 from dip_hf.trainer.data_checks import check_dataset, check_nothing_dropped
 from dip_hf.trainer.gradients import FiniteGradients
-from dip_hf.trainer.idle import IdleICP, warn_of_idle_terms
+from dip_hf.trainer.idle import IdleICP, warn_of_idle_fields, warn_of_idle_terms
 from dip_hf.trainer.objective import DIPNetObjective, DIPNetPass, fold_labels, own_parameters
 from dip_hf.trainer.optimizer import check_own_optimizer, check_posterior, compose_optimizer
 from dip_hf.trainer.publishing import PublishingTrainer
@@ -109,7 +109,8 @@ class DIPSFTTrainer(PublishingTrainer):
             block_names = self.dipnet.tuner.block_names()
             self.dipnet.restore_precision(given)
         else:
-            check_no_adapter(self.model, args)
+            check_no_adapter(self.model)
+        warn_of_idle_fields(self.model, args)
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         if args.dres_weight > 0:
             self.dres = DReSBranch(base, **args.dres_options(), block_names=block_names)
@@ -194,7 +195,12 @@ class DIPSFTTrainer(PublishingTrainer):
         return token_mean("icp/features", total, weight, self._compared_tokens, self._counted_processes(), steps)
 
     def get_train_dataloader(self) -> DataLoader:
-        """As Trainer's; `auto_find_batch_size` may have made its batches too small for a group of DReS."""
+        """As Trainer's, which asks for it at the start of each attempt at training.
+
+        A step that an exception cut off is taken up anew, with the numbers of its micro-batches.
+        `auto_find_batch_size` may have made batches too small for a group of DReS.
+        """
+        self._micro_steps[True] = (-1, -1)
         if self.dres is not None:
             self.dres.check(self._train_batch_size // max(1, self.args.n_gpu), self.padding_free)
         return super().get_train_dataloader()
@@ -241,13 +247,12 @@ class DIPSFTTrainer(PublishingTrainer):
         return NoiseKey(self.args.seed, here, index if training else -1 - index, self.args.process_index)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As Trainer's; a step that an exception cut off is taken up anew, with the numbers of its micro-batches.
+        """As Trainer's.
 
         Raises:
             ValueError: the checkpoint's DIPNet adapter is another one than the model's; names the option. Or the
                 active adapter, if it is another one by now, cannot be trained with these arguments.
         """
-        self._micro_steps[True] = (-1, -1)
         if self.dipnet is not None:
             check_drawn_noise(self.model)  # another adapter may have been activated since
             check_posterior(self.model, self.args)

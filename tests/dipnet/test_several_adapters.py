@@ -36,6 +36,18 @@ def test_several_adapters_with_different_blocks(model: PeftModel, base: str, tmp
     assert not any("other" in site.noise_in_eval or "other" in site.seeds for site in sites(loaded))
 
 
+def test_adapters_that_take_turns_draw_by_their_own_seeds(base: str) -> None:
+    model = adapt(load_base(base), "one", noise_blocks=[0], noise_seed=1).train()
+    model.add_adapter("two", config(noise_blocks=[1], noise_seed=2))
+    keys = []
+    for name in ("one", "two", "one", "two", "two"):
+        model.set_adapter(name)
+        model(**batch())
+        keys.append(tuple(model.base_model.noise_state.key[:2].tolist()))
+    assert [seed for seed, _ in keys] == [1, 2, 1, 2, 2]
+    assert len(set(keys)) == 5  # and each pass has noise of its own
+
+
 def test_deleting_the_active_adapter_activates_one_and_the_same_everywhere(base: str) -> None:
     model = adapt(load_base(base), "a", noise_blocks=[1])
     model.add_adapter("b", config(noise_blocks=[2]))

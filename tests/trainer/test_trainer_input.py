@@ -167,6 +167,28 @@ def test_dipnets_objective_without_its_adapter(tmp_path: Path) -> None:
         make_trainer(tmp_path, LoraConfig(**ADAPTER), options)
 
 
+@pytest.mark.parametrize(
+    ("adapter", "options", "message"),
+    [
+        ({}, {"variational_learning_rate": 0.5}, "variational_learning_rate=0.5 without effect: .* no posterior; set"),
+        ({"learn_noise": False}, {"penalty_unit": "absolute"}, "penalty_unit=absolute without effect: .* that learns"),
+    ],
+)
+def test_fields_of_what_the_adapter_lacks(
+    adapter: dict[str, Any], options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.warns(UserWarning, match=message):
+        make_trainer(tmp_path, DIPNetConfig(**ADAPTER, **adapter), options)
+
+
+def test_padding_without_a_mask_in_the_noises_scale(tmp_path: Path) -> None:
+    options = {"padding_free": True, "pad_to_multiple_of": 8}
+    with pytest.raises(
+        ValueError, match=r"pad_to_multiple_of=8 with packing=True or padding_free=True .*leave it unset"
+    ):
+        make_trainer(tmp_path, DIPNetConfig(**ADAPTER), options)
+
+
 @pytest.mark.parametrize("is_text", [True, False])
 def test_labels_cut_off(is_text: bool, tmp_path: Path) -> None:
     """A row whose labels all lie beyond max_length is named, not silently dropped."""

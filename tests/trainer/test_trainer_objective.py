@@ -153,6 +153,23 @@ def test_noise_differs_between_steps(tmp_path: Path) -> None:
     assert len(set(losses(trainer))) == 3
 
 
+def test_noise_is_numbered_anew_when_memory_has_run_out(tmp_path: Path) -> None:
+    """`auto_find_batch_size` begins again with smaller batches, in the same call of `train`."""
+    options = {"max_steps": 1, "per_device_train_batch_size": 4, "auto_find_batch_size": True}
+    trainer = make_trainer(tmp_path, DIPNetConfig(**ADAPTER), options)
+    keys = []
+    noise_key = trainer._noise_key
+    trainer._noise_key = lambda: keys.append(noise_key()) or keys[-1]
+
+    def run_out(module: Any, args: tuple) -> None:
+        if len(keys) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    trainer.model.register_forward_pre_hook(run_out)
+    trainer.train()
+    assert [key.micro_step for key in keys] == [0, 0]
+
+
 def test_trajectories_share_what_lies_below_the_first_noised_block(tmp_path: Path) -> None:
     """Two rows a batch: three times as many from the first noised block on."""
     options = {"max_steps": 1, "num_trajectories": 3, "per_device_train_batch_size": 2}
