@@ -21,7 +21,12 @@ from tests.dipnet.models import FAMILIES, build
 
 
 NAMES = [f"model.layers.{index}" for index in range(12)]
-PREFIXES = {"gpt2": "transformer.h", "gpt_neox": "gpt_neox.layers", "opt": "model.decoder.layers"}
+PREFIXES = {
+    "falcon": "transformer.h",
+    "gpt2": "transformer.h",
+    "gpt_neox": "gpt_neox.layers",
+    "opt": "model.decoder.layers",
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
