@@ -124,8 +124,8 @@ def check_noise_setup(trainer: SFTTrainer, args: DIPSFTConfig) -> None:
         _check_quantised(trainer.model)
     multiple = args.pad_to_multiple_of
     if (
-        trainer.padding_free
-        and multiple is not None
+        multiple is not None
+        and trainer.padding_free
         and any(isinstance(m, NoiseSite) for m in trainer.model.modules())
     ):
         raise ValueError(
