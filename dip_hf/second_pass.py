@@ -16,10 +16,6 @@ IN_SECOND_PASS: ContextVar[bool] = ContextVar("in_second_pass", default=False)
 """Whether blocks run for the second time, on purpose with what the first time drew."""
 
 
-BY_HEAD = ("alibi", "position_bias")
-"""Arguments of blocks with a row for each head, or each head of each example, and not for each row of the batch."""
-
-
 class Surroundings(NamedTuple):
     """What a second pass needs to see besides its arguments, so that dropout and precision are those of the first.
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from dip_hf.block_call import BlockCall
 from dip_hf.dipnet.functional import token_rms
 from dip_hf.dipnet.trajectories import repeat_rows
 from dip_hf.ibvi.layer import active_posteriors
@@ -195,10 +196,9 @@ class NoiseSite(nn.Module, BaseTunerLayer):
         leaf.calibrated = True
 
     def pre_hook(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Forward pre-hook of the block; the hidden states are its first argument, or the one of that name."""
-        if args:
-            return (self(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": self(kwargs["hidden_states"])}
+        """Forward pre-hook of the block."""
+        call = BlockCall(args, kwargs)
+        return call.with_hidden_states(self(call.hidden_states))
 
 
 def random_layers(model: nn.Module) -> Iterator[int]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dip_hf.block_call import BY_HEAD, BlockCall
 from dip_hf.noise_state import NoiseState
-from dip_hf.second_pass import BY_HEAD
 
 
 # Arguments of a block that count tokens of a padding-free batch in one dimension, by name because their shape cannot
@@ -63,13 +63,13 @@ def check_model(config: Any, trajectories: int) -> None:
         )
 
 
-def _check_foldable(hidden_states: Tensor, kwargs: dict[str, Any], trajectories: int) -> None:
+def _check_foldable(hidden_states: Tensor, others: dict[str, Any], trajectories: int) -> None:
     """
     Raises:
         ValueError: the block takes something that has no rows to repeat.
     """
-    by_head = [name for name in BY_HEAD if kwargs.get(name) is not None]
-    shared = [name for name, value in kwargs.items() if isinstance(value, Mapping) and value]
+    by_head = [name for name in BY_HEAD if others.get(name) is not None]
+    shared = [name for name, value in others.items() if isinstance(value, Mapping) and value]
     remedy = "set num_trajectories (or num_samples) to 1"
     if hidden_states.dim() > 3:
         reason = f"hidden states of shape {tuple(hidden_states.shape)}"
@@ -106,18 +106,14 @@ def fold_trajectories(blocks: Sequence[nn.Module], trajectories: int, state: Noi
     """
 
     def fold(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        hidden_states, *rest = args if args else (kwargs.pop("hidden_states"),)
-        names = list(inspect.signature(block.forward).parameters)[1 : len(args)] if rest else []
-        names += [""] * (len(rest) - len(names))  # of a forward that takes any
-        is_first = block is blocks[0]
-        batch = hidden_states.shape[0] // (1 if is_first else trajectories)
+        call = BlockCall(args, kwargs)
+        states, is_first = call.hidden_states, block is blocks[0]
+        batch = states.shape[0] // (1 if is_first else trajectories)
         if is_first:
-            _check_foldable(hidden_states, {**dict(zip(names, rest, strict=True)), **kwargs}, trajectories)
-            hidden_states = repeat_rows(hidden_states, trajectories)
-            state.tokens = hidden_states.shape[:-1].numel()
-        rest = [_fold_named(name, value, batch, trajectories) for name, value in zip(names, rest, strict=True)]
-        kwargs = {name: _fold_named(name, value, batch, trajectories) for name, value in kwargs.items()}
-        return (hidden_states, *rest), kwargs
+            _check_foldable(states, call.others(block), trajectories)
+            call = call.with_hidden_states(repeat_rows(states, trajectories))
+            state.tokens = call.hidden_states.shape[:-1].numel()
+        return call.changed(block, partial(_fold_named, batch=batch, trajectories=trajectories))
 
     handles = []
     if trajectories > 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,13 +11,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache
 
+from dip_hf.block_call import BY_HEAD, BlockCall, uncached
 from dip_hf.dres.coded_pass import CodedPass, rerun
 from dip_hf.dres.functional import encode
-from dip_hf.second_pass import BY_HEAD, Surroundings, block_output, is_handed_on
+from dip_hf.second_pass import Surroundings, block_output, is_handed_on
 
 
 @dataclass
-class BlockCall:
+class MainCall:
     """One block's call in the main branch.
 
     Attributes:
@@ -40,7 +40,7 @@ class SequencePass(CodedPass):
     """
 
     def attach(self) -> list[RemovableHandle]:
-        self.calls: list[BlockCall] = []
+        self.calls: list[MainCall] = []
         blocks = list(self.modules.values())
         handles = []
         for block in blocks:
@@ -52,7 +52,7 @@ class SequencePass(CodedPass):
         return handles
 
     def _before_hooks(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.before: Tensor = args[0] if args else kwargs["hidden_states"]
+        self.before: Tensor = BlockCall(args, kwargs).hidden_states
         if self.calls and not is_handed_on(self.before, self.handed_on):
             raise ValueError(
                 "dres_placement='sequence': the model changes the hidden states between its blocks (as where features "
@@ -64,9 +64,8 @@ class SequencePass(CodedPass):
         self.handed_on = block_output(output)
 
     def _after_hooks(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        names = list(inspect.signature(block.forward).parameters)
-        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
-        hidden_states = arguments.pop(names[0])
+        call = BlockCall(args, kwargs)
+        hidden_states = call.hidden_states
         if hidden_states.dim() != 3:
             raise ValueError(
                 f"dres_placement='sequence': blocks' inputs have shape {tuple(hidden_states.shape)} and not (rows, "
@@ -77,7 +76,7 @@ class SequencePass(CodedPass):
             self.surroundings = Surroundings.now({hidden_states.device, *devices})
         # What hooks add to the range's own input is part of its input.
         changed = self.calls and hidden_states is not self.before
-        self.calls.append(BlockCall(hidden_states, self.before if changed else None, arguments))
+        self.calls.append(MainCall(hidden_states, self.before if changed else None, call.others(block)))
 
     def _run(self, block: nn.Module, args: tuple, output: Any) -> None:
         outputs = block_output(output)
@@ -148,15 +147,12 @@ class SequencePass(CodedPass):
         Raises:
             ValueError: the argument cannot be coded.
         """
-        if name == "use_cache":
-            return False
-        if isinstance(value, Cache):
-            if value.get_seq_length() > self.calls[0].hidden_states.shape[1]:
-                raise ValueError(
-                    "dres_placement='sequence' does not work with keys and values from elsewhere (prefix tuning); use "
-                    "dres_placement='token'."
-                )
-            return None  # the main branch has filled it
+        if isinstance(value, Cache) and value.get_seq_length() > self.calls[0].hidden_states.shape[1]:
+            raise ValueError(
+                "dres_placement='sequence' does not work with keys and values from elsewhere (prefix tuning); use "
+                "dres_placement='token'."
+            )
+        value = uncached(name, value)  # the main branch has filled it
         if isinstance(value, Mapping) and value:
             raise ValueError(
                 f"dres_placement='sequence': the blocks hand {name!r} on to one another beside their hidden states; "

@@ -5,33 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import Cache
 
+from dip_hf.block_call import BlockCall, uncached
 from dip_hf.second_pass import Surroundings, block_output, is_handed_on
-
-
-class Call(NamedTuple):
-    """The arguments of a module's call."""
-
-    args: tuple
-    kwargs: dict[str, Any]
-
-
-def hidden_states(call: Call) -> Tensor:
-    """A block's input: its first argument, or the one of that name."""
-    return call.args[0] if call.args else call.kwargs["hidden_states"]
-
-
-def with_hidden_states(call: Call, states: Any) -> Call:
-    """The same call with another input."""
-    if call.args:
-        return Call((states, *call.args[1:]), call.kwargs)
-    return Call((), {**call.kwargs, "hidden_states": states})
 
 
 @dataclass
@@ -52,8 +33,8 @@ class ICPRecord:
     rerun: Surroundings | None = None
     site: Tensor | None = None
     features: dict[int, Tensor] = field(default_factory=dict)
-    backbone: Call | None = None
-    calls: dict[int, Call] = field(default_factory=dict)
+    backbone: tuple[tuple, dict[str, Any]] | None = None
+    calls: dict[int, BlockCall] = field(default_factory=dict)
     handed_on: Tensor | None = None
 
 
@@ -120,16 +101,9 @@ def watch_backbone(
                     "(a prompt-learning adapter does that); set icp_start_block to 1 or more."
                 )
             record.rerun = surroundings()
-        record.backbone = Call(args, kwargs)
+        record.backbone = (args, kwargs)
 
     return watch
-
-
-def _uncached(name: str, value: Any) -> Any:
-    """A block's argument without a cache."""
-    if name == "use_cache":
-        return False
-    return None if isinstance(value, Cache) else value
 
 
 def watch_block(record: ICPRecord, index: int, start_block: int) -> Callable[[nn.Module, tuple, dict[str, Any]], None]:
@@ -142,17 +116,15 @@ def watch_block(record: ICPRecord, index: int, start_block: int) -> Callable[[nn
     def watch(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if index in record.calls or not torch.is_grad_enabled():
             return
-        if index > start_block and not is_handed_on(hidden_states(Call(args, kwargs)), record.handed_on):
+        call = BlockCall(args, kwargs)
+        if index > start_block and not is_handed_on(call.hidden_states, record.handed_on):
             raise ValueError(
                 f"icp_start_block={start_block}: the model changes the hidden states between its blocks, in front of "
                 f"block {index} (as where features of images enter there), and ICP runs the blocks again without "
                 "that; set icp_start_block to 0."
             )
-        # A cache, which a plain transformers call makes by default, would be filled a second time. Families differ in
-        # its name and place.
-        args = tuple(_uncached("", value) for value in args)
-        kwargs = {name: _uncached(name, value) for name, value in kwargs.items()}
-        record.calls[index] = with_hidden_states(Call(args, kwargs), None)
+        # A plain transformers call makes a cache by default
+        record.calls[index] = call.with_hidden_states(None).changed(block, uncached)
 
     return watch
 

@@ -12,18 +12,16 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from dip_hf.block_call import BlockCall
 from dip_hf.blocks import find_decoder_blocks
 from dip_hf.icp.features import (
-    Call,
     ICPRecord,
     evenly_spaced,
-    hidden_states,
     keep_outputs,
     removed_on_exit,
     watch_backbone,
     watch_block,
     watch_output,
-    with_hidden_states,
 )
 from dip_hf.icp.functional import (
     compared_tokens,
@@ -209,7 +207,7 @@ class ICPBranch:
                 # share: a copy for this pass, since the backward pass may recompute blocks with the first pass's
                 shared: dict[int, MutableMapping[Any, Any]] = {}
                 for index, call in record.calls.items():
-                    args, kwargs = with_hidden_states(call, states)
+                    args, kwargs = call.with_hidden_states(states)
                     kwargs = {
                         name: shared.setdefault(id(value), copy(value)) if isinstance(value, MutableMapping) else value
                         for name, value in kwargs.items()
@@ -219,7 +217,8 @@ class ICPBranch:
                 assert record.backbone is not None  # the backbone embeds
                 with removed_on_exit() as remove_later:
                     remove_later(self._hook_site(_put_once(perturbed)))
-                    self.backbone(*record.backbone.args, **record.backbone.kwargs)
+                    args, kwargs = record.backbone
+                    self.backbone(*args, **kwargs)
         shapes = [(record.features[index].shape, features[index].shape) for index in self.layers]
         if any(student != teacher for student, teacher in shapes):
             raise RuntimeError(
@@ -265,8 +264,8 @@ class ICPBranch:
             return self.embedding.register_forward_hook(lambda module, args, output: replace(output))
 
         def hook(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-            call = Call(args, kwargs)
-            return with_hidden_states(call, replace(hidden_states(call)))
+            call = BlockCall(args, kwargs)
+            return call.with_hidden_states(replace(call.hidden_states))
 
         block = self.blocks[self.options.start_block]
         return block.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
