@@ -32,13 +32,18 @@ _OF_POSTERIOR = ("variational_optimizer", "variational_learning_rate")
 
 def warn_of_idle_fields(model: nn.Module, args: DIPSFTConfig) -> None:
     """Warn of what was asked of DIPNet or IBVI where the adapter has none: LoRA as a baseline is no mistake, to have
-    forgotten `DIPNetConfig` or one of its fields is one."""
+    forgotten `DIPNetConfig` or one of its fields is one.
+
+    Args:
+        model: the trained one, with its adapter.
+        args: of the trainer; a field says something where it has another value than by default.
+    """
+    fields = DIPSFTConfig.__dataclass_fields__
     for present, names, lacking in (
         (own_parameters(model), _OF_ADAPTER, "DIPNet adapter; pass peft_config=DIPNetConfig(...)"),
         (trainable(model, LOG_VARIANCE), _OF_LEARNED_NOISE, "noise that learns; see DIPNetConfig(noise_blocks=...)"),
         (trainable(model, COVARIANCE), _OF_POSTERIOR, "posterior; set DIPNetConfig(variational_rank=...)"),
     ):
-        fields = DIPSFTConfig.__dataclass_fields__
         asked = [f"{name}={getattr(args, name)}" for name in names if getattr(args, name) != fields[name].default]
         if asked and not present:
             warnings.warn(f"{' and '.join(asked)} without effect: the model has no {lacking}.", stacklevel=3)
