@@ -34,60 +34,74 @@ def given_mask(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor 
     return {**dict(zip(names, args, strict=False)), **kwargs}.get("attention_mask")
 
 
-@dataclass
-class NoiseState:
-    """What all noise sites and posteriors of a model share; the tuner's `sampling` context sets it.
+@dataclass(frozen=True)
+class Sampling:
+    """How the forward passes inside one `sampling` context draw.
 
     Attributes:
-        key: `NoiseKey.tensor()` of the current forward pass.
+        key: `NoiseKey.tensor()` of the noise.
         posterior_key: the same for the posteriors, which may keep their sample while the noise changes.
         trajectories: m, the number of trajectories folded into the batch from the first random block on.
         averaged: whether whoever opened the context makes one output of the m trajectories', as generation needs.
-        sampling: whether a `sampling` context is open: what is drawn is then a function of that context's key.
-        everywhere: whether inside of it noise is on in evaluation too, or only where it is by itself.
-        generating: whether text is being generated: a model in training mode then draws nothing of its own accord.
-        kept_sample: key of the posteriors' sample in the text that is being generated; None before its first token.
-        visited: what drew noise outside such a context: who comes again belongs to a new forward pass, which gets a
-            new key.
-        tokens: number of tokens that the folded blocks see, over all trajectories; 0 before the first folded pass.
-        last_sample: posterior key and m of the last forward pass, for the backward pass that recomputes it, when the
-            `sampling` context may have closed.
-        attention_mask: of the current forward pass, shape (batch, length), nonzero where valid; None where unknown.
-        log_variances: per block index the log-variance of this context's pass, relative to the squared RMS, with its
+        everywhere: whether noise is on in evaluation too, or only where it is by itself.
+        log_variances: per block index the log-variance of the last pass, relative to the squared RMS, with its
             gradient, and that RMS. Written by the sites, because under FSDP and ZeRO-3 a parameter is whole only
             while its module runs.
     """
 
-    key: Tensor = field(default_factory=lambda: NoiseKey(0).tensor())
-    posterior_key: Tensor = field(default_factory=lambda: NoiseKey(0).tensor())
-    trajectories: int = 1
-    averaged: bool = False
-    sampling: bool = False
-    everywhere: bool = True
+    key: Tensor
+    posterior_key: Tensor
+    trajectories: int
+    averaged: bool
+    everywhere: bool
+    log_variances: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+@dataclass
+class NoiseState:
+    """What all noise sites and posteriors of a model share.
+
+    Attributes:
+        sampling: of the `sampling` context that is open; None outside of one, where every forward pass that draws gets
+            a key of its own.
+        own_key: that key, of the last such pass.
+        visited: what drew in that pass: who comes again belongs to a new one.
+        generating: whether text is being generated: a model in training mode then draws nothing of its own accord.
+        kept_sample: key of the posteriors' sample in the text that is being generated; None before its first token.
+        tokens: number of tokens that the folded blocks see, over all trajectories; 0 before the first folded pass.
+        last_sample: posterior key and m of the last forward pass, for the backward pass that recomputes it, when the
+            `sampling` context may have closed.
+        attention_mask: of the current forward pass, shape (batch, length), nonzero where valid; None where unknown.
+    """
+
+    sampling: Sampling | None = None
+    own_key: Tensor = field(default_factory=lambda: NoiseKey(0).tensor())
+    visited: set[int] = field(default_factory=set)
     generating: bool = False
     kept_sample: Tensor | None = None
-    visited: set[int] = field(default_factory=set)
     tokens: int = 0
     last_sample: tuple[Tensor, int] | None = None
     attention_mask: Tensor | None = None
-    log_variances: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @property
+    def key(self) -> Tensor:
+        """The noise's key in the current pass."""
+        return self.own_key if self.sampling is None else self.sampling.key
+
+    @property
+    def trajectories(self) -> int:
+        """m; 1 outside of `sampling`."""
+        return 1 if self.sampling is None else self.sampling.trajectories
 
     @contextmanager
-    def passes_under(
-        self, key: NoiseKey, posterior_key: NoiseKey, trajectories: int, averaged: bool, everywhere: bool
-    ) -> Iterator[None]:
-        """Forward passes inside are sampled, with these keys and m; contexts nest."""
-        outer = (self.key, self.posterior_key, self.trajectories, self.averaged, self.sampling, self.everywhere)
-        log_variances = self.log_variances
-        self.key, self.posterior_key = key.tensor(), posterior_key.tensor()
-        self.trajectories, self.averaged = trajectories, averaged
-        self.sampling, self.everywhere, self.log_variances = True, everywhere, {}
-        self.last_sample = (self.posterior_key, trajectories)
+    def passes_under(self, sampling: Sampling) -> Iterator[None]:
+        """Forward passes inside draw so; contexts nest."""
+        outer, self.sampling = self.sampling, sampling
+        self.last_sample = (sampling.posterior_key, sampling.trajectories)
         try:
             yield
         finally:
-            self.key, self.posterior_key, self.trajectories, self.averaged, self.sampling, self.everywhere = outer
-            self.log_variances = log_variances
+            self.sampling = outer
 
     def draws(self, training: bool, in_eval: bool) -> bool:
         """Whether a pass now draws noise or samples.
@@ -96,7 +110,8 @@ class NoiseState:
             training: whether the module is in training mode.
             in_eval: whether the adapter draws in evaluation too.
         """
-        return (self.sampling and self.everywhere) or in_eval or (training and not self.generating)
+        everywhere = self.sampling is not None and self.sampling.everywhere
+        return everywhere or in_eval or (training and not self.generating)
 
     @contextmanager
     def generation(self) -> Iterator[None]:
@@ -143,11 +158,10 @@ class NoiseState:
         if layer in self.visited or not self.visited:
             rank = dist.get_rank() if dist.is_initialized() else 0
             first, rest = (torch.tensor(part, device="cpu") for part in ([seed], [0, rank]))
-            self.key = torch.cat([first, self.key[1:2] + 1, rest])
+            self.own_key = torch.cat([first, self.own_key[1:2] + 1, rest])
             if self.generating and self.kept_sample is None:
-                self.kept_sample = self.key
-            self.posterior_key = self.key if self.kept_sample is None else self.kept_sample
-            self.last_sample = (self.posterior_key, 1)
+                self.kept_sample = self.own_key
+            self.last_sample = self._own_sample()
             self.visited = set()
         self.visited.add(layer)
 
@@ -158,8 +172,13 @@ class NoiseState:
             layer: the posterior's number.
             seed: as for `enter_layer`.
         """
-        if not self.sampling:
-            if _recomputing() and self.last_sample is not None:
-                return self.last_sample
-            self.enter_layer(layer, seed)
-        return self.posterior_key, self.trajectories
+        if self.sampling is not None:
+            return self.sampling.posterior_key, self.sampling.trajectories
+        if _recomputing() and self.last_sample is not None:
+            return self.last_sample
+        self.enter_layer(layer, seed)
+        return self._own_sample()
+
+    def _own_sample(self) -> tuple[Tensor, int]:
+        """What `posterior_sample` gives outside of `sampling`."""
+        return self.own_key if self.kept_sample is None else self.kept_sample, 1

@@ -163,14 +163,15 @@ class NoiseSite(nn.Module, BaseTunerLayer):
         name = self.noised_adapter()
         if name is None:
             return hidden_states
-        if not self.state.sampling:
+        sampling = self.state.sampling
+        if sampling is None:
             self.state.enter_layer(self.layer, self.seeds[name])
         leaf = self.leaf(name)
         if not leaf.calibrated:
             self._calibrate(leaf, hidden_states)
         log_variance, std = leaf()
-        if self.state.sampling:
-            self.state.log_variances[self.layer] = (log_variance, leaf.rms)
+        if sampling is not None:
+            sampling.log_variances[self.layer] = (log_variance, leaf.rms)
         # Of a model that is split over devices, the block's input may still lie on the device of the block before it
         std = std.to(hidden_states.device)
         return add_noise(hidden_states, std, self.state.key, self.layer, self.state.trajectories)

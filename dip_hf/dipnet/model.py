@@ -16,7 +16,7 @@ from dip_hf.dipnet.trajectories import check_model, fold_trajectories
 from dip_hf.ibvi.layer import Covariance, active_covariances, forget_posterior, make_point
 from dip_hf.ibvi.placement import add_posteriors, check_targets
 from dip_hf.noise import NoiseKey
-from dip_hf.noise_state import NoiseState, given_mask
+from dip_hf.noise_state import NoiseState, Sampling, given_mask
 from dip_hf.peft_compat import BaseTunerLayer, LoraLayer, convert_targets
 
 
@@ -168,8 +168,8 @@ class DIPNetModel(SavedLoraModel):
         Raises:
             ValueError: inside `sampling` with several trajectories, whose next tokens would be m for every row.
         """
-        m = self.noise_state.trajectories
-        if m > 1 and not self.noise_state.averaged:
+        sampling, m = self.noise_state.sampling, self.noise_state.trajectories
+        if m > 1 and not (sampling and sampling.averaged):
             raise ValueError(
                 f"generate inside sampling(trajectories={m}): a row would get {m} next tokens; generate with "
                 f"trajectories=1, or by the average of {m} with lm-eval's model hf-dip (num_samples={m})."
@@ -226,7 +226,8 @@ class DIPNetModel(SavedLoraModel):
             raise ValueError(f"trajectories={trajectories} must be at least 1.")
         if trajectories > 1 and hasattr(self.model, "config"):
             check_model(self.model.config, trajectories)
-        with self.noise_state.passes_under(key, posterior_key or key, trajectories, averaged, everywhere):
+        sampling = Sampling(key.tensor(), (posterior_key or key).tensor(), trajectories, averaged, everywhere)
+        with self.noise_state.passes_under(sampling):
             layers = random_layers(self.model)
             first = next(layers, None)
             if first is None:
@@ -238,7 +239,7 @@ class DIPNetModel(SavedLoraModel):
                 names = self.block_names()[min([first, *layers]) :]
                 blocks = [self.model.get_submodule(name) for name in names]
             with fold_trajectories(blocks, trajectories, self.noise_state):
-                yield self.noise_state.log_variances
+                yield sampling.log_variances
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As PEFT's, after which every layer has the same active adapters.

@@ -110,7 +110,7 @@ class Covariance(nn.Module):
         """
         number = self.number ^ position
         key, trajectories = self.state.posterior_sample(number, self.seed)
-        if trajectories > 1 and self.state.sampling and x.shape[:-1].numel() != self.state.tokens:
+        if trajectories > 1 and self.state.sampling is not None and x.shape[:-1].numel() != self.state.tokens:
             raise ValueError(
                 f"trajectories={trajectories}: a variational layer of block {self.block} sees {x.shape[:-1].numel()} "
                 f"tokens of {self.state.tokens}, as an expert does; leave it out of variational_blocks or "

@@ -224,7 +224,7 @@ def test_a_generated_text_is_of_one_sample(arguments: dict[str, Any]) -> None:
     seen: list[tuple[Any, Any]] = []
 
     def watch(*_: Any) -> None:
-        seen.append((tuple(state.posterior_key.tolist()), tuple(state.key.tolist())))
+        seen.append((tuple(state.last_sample[0].tolist()), tuple(state.key.tolist())))
 
     model.get_base_model().model.register_forward_hook(watch)
     options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
