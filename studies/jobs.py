@@ -23,6 +23,7 @@ from dip_hf.diagnostics.passes import prepare_batches
 from dip_hf.evaluation.environment import describe_environment, resolve_device
 from dip_hf.evaluation.sampling import make_sampler
 from dip_hf.noise import NoiseKey
+from dip_hf.trainer.checkpoints import last_checkpoint
 from recipes.sft import make_trainer
 from studies.arguments import parse_training
 from studies.measure import measure, probe
@@ -122,10 +123,8 @@ def _train(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     trainer = make_trainer(data, training, adapter, trainer_class(training))
     clock = Clock(folder / SECONDS_NAME)
     trainer.add_callback(clock)
-    # transformers' `get_last_checkpoint` would take one that a kill left half-written
-    whole = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime_ns)
     try:
-        result = trainer.train(resume_from_checkpoint=str(whole[-1].parent) if whole else None)
+        result = trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     except FloatingPointError as error:
         return {"diverged": str(error)}
     if not math.isfinite(result.training_loss):

@@ -98,8 +98,8 @@ class DIPLM(HFLM):
         temperature: float = 1.0,
         **kwargs: Any,
     ) -> None:
-        if num_samples < 0:
-            raise ValueError(f"num_samples={num_samples} must be 0 (a plain pass) or the number to average over")
+        if not isinstance(num_samples, int) or num_samples < 0:
+            raise ValueError(f"num_samples={num_samples} must be 0 (a plain pass) or how many to average over")
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature={temperature} must be positive and finite; 1 changes nothing")
         member, *others = (kwargs.pop("peft", None) or "").split("+")

@@ -39,6 +39,8 @@ class RecipeParser(TrlParser):
                 raise ValueError(f"the config file's key {key!r} is no field{_close_to(str(key), actions)}")
             if actions[key].nargs == "*" and isinstance(value, str):
                 config[key] = [value]
+            if key.endswith("_strategy") and value is False:
+                config[key] = "no"  # which YAML reads as false where it is not quoted
         return super().set_defaults_with_config(**config)
 
     def parse_recipe(self, argv: list[str] | None = None) -> tuple[Any, ...]:
@@ -56,7 +58,10 @@ class RecipeParser(TrlParser):
             raise ValueError("--config needs the path of a YAML file")
         # TRL looks for the two words only
         words = [word for argument in argv for word in _split_config_option(argument)]
-        return self.parse_args_and_config(words)
+        try:
+            return tuple(self.parse_args_and_config(words))
+        except TypeError as error:  # of a key that is no text, or of a value's own check
+            raise ValueError(f"the config file or an option: {error}") from error
 
 
 def _split_config_option(argument: str) -> list[str]:

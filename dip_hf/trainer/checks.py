@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from accelerate.utils import DynamoBackend
-from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
@@ -32,7 +30,7 @@ _LOGIT_CHANGES = (
 )
 
 
-def _active_lora(model: nn.Module) -> list[LoraConfig]:
+def active_lora(model: nn.Module) -> list[LoraConfig]:
     """The configurations of the active adapters that are LoRA, DIPNet's among them."""
     configs = [model.peft_config[name] for name in model.active_adapters] if isinstance(model, PeftModel) else []
     return [config for config in configs if isinstance(config, LoraConfig)]
@@ -72,7 +70,7 @@ def check_recomputation(trainer: SFTTrainer) -> None:
     Raises:
         ValueError: blocks are recomputed in the backward pass whose adapter would then draw another sample.
     """
-    if not any(config.monteclora_config is not None for config in _active_lora(trainer.model)):
+    if not any(config.monteclora_config is not None for config in active_lora(trainer.model)):
         return
     recomputes = trainer.args.activation_checkpointing or trainer.model.get_base_model().is_activation_checkpointing
     if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.activation_checkpointing:
@@ -134,7 +132,7 @@ def check_noise_setup(trainer: SFTTrainer, args: DIPSFTConfig) -> None:
         )
     if args.num_trajectories == 1:
         return
-    if any(config.alora_invocation_tokens is not None for config in _active_lora(trainer.model)):
+    if any(config.alora_invocation_tokens is not None for config in active_lora(trainer.model)):
         raise ValueError(
             f"num_trajectories={args.num_trajectories} does not work with alora_invocation_tokens: aLoRA knows where "
             "a row's invocation is for the rows of the batch, not for their copies; leave alora_invocation_tokens "
@@ -230,67 +228,4 @@ def check_batch(model: PreTrainedModel, inputs: Mapping[str, Any], trajectories:
             "padding-free batch needs cu_seq_lens_q and its kin, but the data_collator gives position_ids alone; take "
             "TRL's collator or `DataCollatorWithFlattening(return_flash_attn_kwargs=True)`, or set num_trajectories "
             "to 1."
-        )
-
-
-def check_second_pass(trainer: SFTTrainer) -> None:
-    """
-    Raises:
-        ValueError: sharded parameters, which are whole only during the wrapper's own pass; compiled code, which sees
-            no hooks that come and go; an adapter that a second pass finds changed; padding without a mask; or no
-            prompts to perturb.
-    """
-    backend = trainer.accelerator.state.dynamo_plugin.backend
-    if backend != DynamoBackend.NO:
-        raise ValueError(
-            f"dynamo_backend={backend.value} of accelerate does not work with dres_weight or icp_weight, whose hooks "
-            "come and go between steps, which compiled code does not see; set it to 'no', or these weights to 0."
-        )
-    zero_stage = trainer.args.deepspeed_plugin.zero_stage if trainer.is_deepspeed_enabled else 0
-    if trainer.is_fsdp_enabled or zero_stage == 3:
-        raise ValueError(
-            "dres_weight and icp_weight do not work with FSDP or ZeRO-3, whose parameters are not whole in a second "
-            "pass; use DDP or ZeRO-2, or set both weights to 0."
-        )
-    for config in _active_lora(trainer.model):
-        if config.monteclora_config is not None:
-            raise ValueError(
-                "dres_weight and icp_weight do not work with monteclora_config: MonteCLoRA draws a new sample each "
-                "time that a layer runs, so that a second pass may differ by it; leave it unset, or set both weights "
-                "to 0."
-            )
-        if config.alora_invocation_tokens is not None:
-            raise ValueError(
-                "dres_weight and icp_weight do not work with alora_invocation_tokens: PEFT says where a row's "
-                "invocation is in the model's own pass alone; leave it unset, or set both weights to 0."
-            )
-    multiple = trainer.args.pad_to_multiple_of
-    if trainer.args.dres_weight > 0 and trainer.padding_free and multiple is not None:
-        raise ValueError(
-            f"pad_to_multiple_of={multiple} with packing=True or padding_free=True pads without a mask, so that DReS "
-            "would code the padding; leave it unset, or set dres_weight to 0."
-        )
-    if trainer.args.icp_positions == "prompt" and isinstance(trainer.train_dataset, Dataset):
-        rows = trainer.train_dataset.select(range(min(100, len(trainer.train_dataset))))
-        if "labels" in rows.column_names and not any(-100 in labels for labels in rows["labels"]):
-            raise ValueError(
-                "icp_positions='prompt' perturbs tokens without a label, but every token of train_dataset has one; "
-                "give prompts and completions, or set icp_positions to 'all'."
-            )
-
-
-def check_one_loss_pass(args: DIPSFTConfig, has_loss_function: bool) -> None:
-    """
-    Args:
-        args: of a trainer with a regulariser that is on.
-        has_loss_function: whether the trainer was given a `compute_loss_func`.
-
-    Raises:
-        ValueError: a loss for which TRL runs a second pass, whose hidden states would be taken for the first's.
-    """
-    if has_loss_function or args.label_smoothing_factor > 0:
-        name = "compute_loss_func" if has_loss_function else "label_smoothing_factor"
-        raise ValueError(
-            f"{name} makes TRL run a second forward pass, which the regularisers cannot tell from the first; leave it "
-            "unset, or turn the regularisers off."
         )

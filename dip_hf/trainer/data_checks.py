@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
+from typing import Any
 
+import numpy as np
 from datasets import Dataset, IterableDataset
-from trl import SFTTrainer
+from pyarrow.compute import list_value_length
+from torch import Tensor
+from transformers import Trainer
+from trl import SFTConfig
 
 
-def check_dataset(name: str, dataset: object, assistant_only: bool, completion_only: bool | None) -> None:
+_TEXTS = ("prompt", "completion", "messages", "input_ids", "labels", "completion_mask", "assistant_masks")
+"""Columns that TRL reads, but for that of plain texts, whose name is an option."""
+
+
+def by_name(eval_dataset: object) -> dict[str, object]:
+    """The evaluation datasets, each by what an error is to call it; empty where there is none."""
+    if isinstance(eval_dataset, dict):
+        return {f"eval_dataset {name}": dataset for name, dataset in eval_dataset.items()}
+    return {} if eval_dataset is None else {"eval_dataset": eval_dataset}
+
+
+def check_dataset(name: str, dataset: object, args: SFTConfig) -> None:
     """
     Args:
         name: the trainer's argument that holds it.
         dataset: map-style datasets are checked; of an iterable one only that it has a row, since it cannot be read
             without being consumed.
-        assistant_only: whether the assistant's messages alone are trained.
-        completion_only: whether completions alone are trained; None: where the rows have a prompt and a completion.
+        args: what is trained of a row: `assistant_only_loss`, `completion_only_loss`, and the column of texts.
 
     Raises:
-        ValueError: the dataset is empty, or a pre-tokenised row or a conversation trains no token.
+        ValueError: the dataset is empty, a row lacks a value, or a pre-tokenised row or a conversation trains no
+            token.
     """
     if isinstance(dataset, IterableDataset) and next(iter(dataset), None) is None:
         raise ValueError(f"{name} is empty; give at least one example.")
@@ -26,6 +43,8 @@ def check_dataset(name: str, dataset: object, assistant_only: bool, completion_o
         return
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty; give at least one example.")
+    _check_values(name, dataset, args.dataset_text_field)
+    completion_only = args.completion_only_loss
     if completion_only is None:
         completion_only = {"prompt", "completion"} <= set(dataset.column_names)
     columns = {"labels": -100}
@@ -53,40 +72,135 @@ def check_dataset(name: str, dataset: object, assistant_only: bool, completion_o
                     f"{name} row {index}: {' and '.join(masks)} have no token in common (the first does not count, "
                     "for nothing predicts it), so the row trains nothing; drop it, or remove one of the columns."
                 )
-    if assistant_only and "messages" in dataset.column_names:
+    if args.assistant_only_loss and "messages" in dataset.column_names:
         for index, messages in enumerate(dataset.with_format(None)["messages"]):
-            if all(message["role"] != "assistant" for message in messages):
+            if all(message.get("role", "assistant") != "assistant" for message in messages):
                 raise ValueError(
                     f"{name} row {index}: assistant_only_loss=True trains the assistant's messages, of which this "
                     "conversation has none; drop it, or set assistant_only_loss to False."
                 )
 
 
-def check_nothing_dropped(trainer: SFTTrainer, train_dataset: object) -> None:
+def _check_values(name: str, dataset: Dataset, text_field: str) -> None:
     """
     Raises:
-        ValueError: TRL cut every label off a row: it drops such rows, but for those that it has packed. (Packing
-            that splits rows loses nothing.) Or no row has a token to predict.
+        ValueError: a row has no value in a column that TRL reads.
     """
-    prepared = trainer.train_dataset
-    if not isinstance(train_dataset, Dataset) or not isinstance(prepared, Dataset):
+    for column in [column for column in (text_field, *_TEXTS) if column in dataset.column_names]:
+        first = 0
+        for values in _arrays(dataset, column):
+            missing = np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))
+            if len(missing):
+                raise ValueError(f"{name} row {first + missing[0]}: {column!r} is null; drop the row or fill it in.")
+            first += len(values)
+
+
+def _arrays(dataset: Dataset, column: str) -> Iterator[Any]:
+    """The values of a column as Arrow arrays, piece by piece."""
+    for batch in dataset.select_columns(column).with_format("arrow").iter(10_000):
+        yield batch[column].combine_chunks()
+
+
+def check_prepared(name: str, given: object, prepared: object, args: SFTConfig, packing: bool) -> None:
+    """
+    Args:
+        name: the trainer's argument that held it.
+        given: what it was.
+        prepared: what TRL has made of it.
+        args: for `max_length` and the strategy of packing.
+        packing: whether rows are packed.
+
+    Raises:
+        ValueError: TRL cut every label off a row: it drops such rows, but for those that it has packed. (Packing
+            that splits rows loses nothing.) Or a row that it keeps trains nothing; or no row has a token to predict.
+    """
+    if not isinstance(given, Dataset) or not isinstance(prepared, Dataset):
         return
     rows = prepared.with_format(None)
-    if "input_ids" in rows.column_names and not any(len(ids) > 1 for ids in rows["input_ids"]):
-        raise ValueError("train_dataset: no row has two tokens, so there is none to predict; give longer rows.")
-    if not trainer.args.packing:
-        dropped = len(train_dataset) - len(prepared)
-    elif trainer.args.packing_strategy == "bfd" and {"labels", "seq_lengths"} <= set(prepared.column_names):
+    dropped = 0
+    if not packing:
+        dropped = len(given) - len(prepared)
+    elif args.packing_strategy == "bfd" and {"labels", "seq_lengths"} <= set(prepared.column_names):
         dropped = sum(
             all(label == -100 for label in labels[end - length + 1 : end])
             for labels, lengths in zip(rows["labels"], rows["seq_lengths"], strict=True)
             for length, end in zip(lengths, accumulate(lengths), strict=True)
             if length > 1  # a lone token, such as an empty text's, has nothing to predict; it is not cut
         )
-    else:
-        return
     if dropped > 0:
         raise ValueError(
-            f"max_length={trainer.args.max_length} cuts every label off {dropped} of {len(train_dataset)} rows of "
-            "train_dataset; raise max_length or drop those rows."
+            f"max_length={args.max_length} cuts every label off {dropped} of {len(given)} rows of {name}, or they "
+            "have none; raise max_length or drop those rows."
+        )
+    if "input_ids" in rows.column_names and not any(len(ids) > 1 for ids in rows["input_ids"]):
+        raise ValueError(f"{name}: no row has two tokens, so there is none to predict; give longer rows.")
+    if not packing and "labels" in rows.column_names:
+        first = 0
+        for labels in _arrays(prepared, "labels"):
+            lengths = list_value_length(labels).to_numpy(zero_copy_only=False)
+            idle = _idle_rows(lengths, labels.flatten().to_numpy(zero_copy_only=False))
+            if len(idle):
+                raise ValueError(
+                    f"{name} row {first + idle[0]}, as prepared with max_length={args.max_length}: no token but "
+                    "perhaps the first has a label, and nothing predicts that one, so the row trains nothing; drop "
+                    "it, or give it a completion."
+                )
+            first += len(labels)
+
+
+def _idle_rows(lengths: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Indices of the rows of two tokens or more without a label but perhaps on their first.
+
+    Args:
+        lengths: of the rows, in tokens.
+        labels: of all rows, one after the other; -100 where there is none.
+    """
+    ends = np.cumsum(lengths)
+    trained = labels != -100
+    trained[(ends - lengths)[lengths > 0]] = False
+    sums = np.concatenate([[0], np.cumsum(trained)])
+    return np.flatnonzero((lengths > 1) & (sums[ends] == sums[ends - lengths]))
+
+
+def check_streamed(batches: Sequence[Mapping[str, Any]]) -> None:
+    """A stream's rows are seen when it is their turn.
+
+    Args:
+        batches: of one optimiser step; a row that is packed, or without padding, is one row with its neighbours.
+
+    Raises:
+        ValueError: a row trains no token.
+    """
+    for batch in batches:
+        labels = batch.get("labels")
+        if isinstance(labels, Tensor) and labels.dim() == 2 and not (labels[:, 1:] != -100).any(1).all():
+            raise ValueError(
+                "train_dataset: a row of the stream has no label but perhaps on its first token, which nothing "
+                "predicts, so the row trains nothing; filter such rows out."
+            )
+
+
+def check_steps_made(trainer: Trainer) -> None:
+    """
+    Raises:
+        ValueError: training ended without a step, for a stream had no row with a label within `max_length`.
+    """
+    if trainer.state.global_step == 0 and trainer.state.max_steps > 0:
+        raise ValueError(
+            f"train_dataset: the stream gave no batch, so no step was made: max_length={trainer.args.max_length} cuts "
+            "every label off its rows, or there are fewer than a batch; raise max_length, or give more rows."
+        )
+
+
+def check_rows_left(dataloader: Any) -> None:
+    """
+    Args:
+        dataloader: of an evaluation.
+
+    Raises:
+        ValueError: it has no row.
+    """
+    if isinstance(dataloader.dataset, Dataset) and len(dataloader.dataset) == 0:
+        raise ValueError(
+            "eval_dataset has no row with a label within max_length; raise max_length, or give other rows."
         )

@@ -1,4 +1,4 @@
-"""The last check before an optimiser step: a loss may be finite whose gradient is not."""
+"""The last checks before an optimiser step and before weights are saved: a finite loss promises neither."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from dip_hf.dipnet.layer import LOG_VARIANCE
 from dip_hf.trainer.terms import NEW_RUN
 
 
@@ -27,6 +28,30 @@ def total_norm(gradients: Iterable[Tensor]) -> Tensor:
     norms = [nn.utils.get_total_norm(group) for group in by_mesh.values()]
     whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     return whole[0] if len(whole) == 1 else nn.utils.get_total_norm(whole)
+
+
+def check_finite_weights(model: nn.Module, step: int) -> None:
+    """The check before weights are saved: a step may ruin them whose loss and gradient were finite.
+
+    Args:
+        model: with the parameters that are trained.
+        step: the number of optimiser steps made.
+
+    Raises:
+        FloatingPointError: one of them is NaN or infinite, or a log-variance whose standard deviation is; names it.
+    """
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    values = {
+        name: (parameter.detach() / 2).exp() if f".{LOG_VARIANCE}." in name else parameter.detach()
+        for name, parameter in trained.items()
+    }
+    if not values or torch.isfinite(total_norm(values.values())):
+        return
+    ruined = [name for name, value in values.items() if not torch.isfinite(total_norm([value]))]
+    raise FloatingPointError(
+        f"Step {step}: the optimiser has made {ruined[0] if ruined else 'the weights'} infinite or NaN. Nothing was "
+        f"saved; checkpoints of earlier steps are intact. Start {NEW_RUN}"
+    )
 
 
 class FiniteGradients(TrainerCallback):
@@ -55,6 +80,6 @@ class FiniteGradients(TrainerCallback):
         if not torch.isfinite(norm):
             raise FloatingPointError(
                 f"Step {state.global_step}: the norm of the gradient is {norm.item()}, though every term of the loss "
-                "is finite. Training stopped before the optimiser step; the last checkpoint is intact. Start "
-                f"{NEW_RUN}"
+                "is finite. Training stopped before the optimiser step; checkpoints of earlier steps are intact. "
+                f"Start {NEW_RUN}"
             )

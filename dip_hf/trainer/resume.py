@@ -6,11 +6,11 @@ from pathlib import Path
 
 from peft import PeftModel
 from torch import nn
-from transformers.trainer_utils import get_last_checkpoint
 
 from dip_hf.adapter_files import CONFIG_NAME, read_config
 from dip_hf.blocks import select_blocks
 from dip_hf.dipnet import DIPNetConfig, DIPPeftType
+from dip_hf.trainer.checkpoints import last_checkpoint
 
 
 def check_resumed(model: nn.Module, checkpoint: str | bool | None, output_dir: str | None) -> None:
@@ -26,7 +26,7 @@ def check_resumed(model: nn.Module, checkpoint: str | bool | None, output_dir: s
             rank, or learns what the model's does not.
     """
     if checkpoint is True:
-        checkpoint = get_last_checkpoint(output_dir) if output_dir is not None and Path(output_dir).is_dir() else None
+        checkpoint = None if output_dir is None else last_checkpoint(output_dir)
     if not checkpoint or not isinstance(model, PeftModel):
         return
     for name, own in model.peft_config.items():

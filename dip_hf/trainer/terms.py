@@ -49,10 +49,10 @@ def check_finite(name: str, value: float, step: int) -> None:
         FloatingPointError: the value is NaN or infinite; names the step and the term.
     """
     if not math.isfinite(value):
-        remedy = "Start" if name == "task" else "Lower the term's weight and resume from it, or start"
+        remedy = "Start" if name == "task" else "Lower the term's weight and resume from one, or start"
         raise FloatingPointError(
-            f"Step {step}: the term {name!r} is {value}. Training stopped before the optimiser step; the last "
-            f"checkpoint is intact. {remedy} {NEW_RUN}"
+            f"Step {step}: the term {name!r} is {value}. Training stopped before the optimiser step; checkpoints of "
+            f"earlier steps are intact. {remedy} {NEW_RUN}"
         )
 
 

@@ -20,29 +20,26 @@ from dip_hf.dres import DReSBranch
 from dip_hf.icp import ICPBranch
 from dip_hf.icp.functional import compared_tokens
 from dip_hf.noise import NoiseKey
+from dip_hf.trainer.checked import CheckedTrainer
 from dip_hf.trainer.checks import (
     check_batch,
     check_drawn_noise,
     check_no_adapter,
     check_noise_setup,
-    check_one_loss_pass,
     check_parallelism,
     check_recomputation,
-    check_second_pass,
     check_trainable,
 )
 from dip_hf.trainer.config import DIPSFTConfig, own_config
-from dip_hf.trainer.data_checks import check_dataset, check_nothing_dropped
-from dip_hf.trainer.gradients import FiniteGradients
 from dip_hf.trainer.idle import IdleICP, warn_of_idle_fields, warn_of_idle_terms
 from dip_hf.trainer.objective import DIPNetObjective, DIPNetPass, fold_labels, own_parameters
 from dip_hf.trainer.optimizer import check_own_optimizer, check_posterior, compose_optimizer
-from dip_hf.trainer.publishing import PublishingTrainer
 from dip_hf.trainer.resume import check_resumed
+from dip_hf.trainer.second_pass_checks import check_one_loss_pass, check_second_pass
 from dip_hf.trainer.terms import Term, batch_mean, check_finite, token_mean
 
 
-class DIPSFTTrainer(PublishingTrainer):
+class DIPSFTTrainer(CheckedTrainer):
     """`trl.SFTTrainer` with this project's regularisers.
 
     With a `DIPNetConfig` as `peft_config` (or a model that holds such an adapter) it minimises DIPNet's Eq. 4 (arXiv
@@ -58,8 +55,9 @@ class DIPSFTTrainer(PublishingTrainer):
         args: a `DIPSFTConfig`; TRL's `SFTConfig` is accepted, with this project's defaults for the rest. What DReS
             and ICP do is read from it here and now, so that another value set later has no effect on them, but for
             `dres_weight` while it stays above 0.
-        train_dataset: as for `SFTTrainer`; neither empty nor with rows that train no token.
-        **kwargs: as for `SFTTrainer`.
+        data_collator, train_dataset, eval_dataset, processing_class: as for `SFTTrainer`; no dataset may be empty, nor
+            have rows that train no token.
+        **kwargs: as for `SFTTrainer`, whose further arguments are given by name.
 
     Raises:
         ValueError: before training starts, on arguments, a dataset, an adapter or a set-up that cannot work; names
@@ -70,17 +68,19 @@ class DIPSFTTrainer(PublishingTrainer):
     _tag_names = ["trl", "sft", "dip_hf"]  # noqa: RUF012  (an instance variable for SFTTrainer)
 
     def __init__(
-        self, model: Any, args: TrainingArguments | None = None, *, train_dataset: Any = None, **kwargs: Any
+        self,
+        model: Any,
+        args: TrainingArguments | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        **kwargs: Any,
     ) -> None:
         if args is None:
             args = DIPSFTConfig(output_dir="dip-sft")
         elif not isinstance(args, DIPSFTConfig):
             args = own_config(args)
-        only = (args.assistant_only_loss, args.completion_only_loss)
-        check_dataset("train_dataset", train_dataset, *only)
-        eval_dataset = kwargs.get("eval_dataset")
-        for name, dataset in eval_dataset.items() if isinstance(eval_dataset, dict) else [("", eval_dataset)]:
-            check_dataset(f"eval_dataset {name}".strip(), dataset, *only)
         adapter = kwargs.get("peft_config")
         if isinstance(adapter, DIPNetConfig) and adapter.task_type is None:
             # By which AutoPeft finds the base's class: no class's name is taken from an adapter's file
@@ -88,10 +88,8 @@ class DIPSFTTrainer(PublishingTrainer):
             adapter.task_type = TaskType.CAUSAL_LM
         known = own_parameters(model) if isinstance(model, PeftModel) else {}
         given = {name: parameter.detach().clone() for name, parameter in known.items()}
-        super().__init__(model, args=args, train_dataset=train_dataset, **kwargs)
-        check_nothing_dropped(self, train_dataset)
+        super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
         check_recomputation(self)
-        self.add_callback(FiniteGradients)
         # Global step and index of its last micro-batch; evaluation counts apart, so that training does not notice it
         self._micro_steps = {True: (-1, -1), False: (-1, -1)}
         self.dipnet: DIPNetObjective | None = None
@@ -247,7 +245,7 @@ class DIPSFTTrainer(PublishingTrainer):
         return NoiseKey(self.args.seed, here, index if training else -1 - index, self.args.process_index)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As Trainer's.
+        """As Trainer's; True stands for the last checkpoint that was written to its end.
 
         Raises:
             ValueError: the checkpoint's DIPNet adapter is another one than the model's; names the option. Or the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from peft import get_peft_model
 
 from dip_hf import DIPNetConfig
 from dip_hf.trainer.objective import own_parameters
-from tests.trainer.tiny import ADAPTER, base_model, make_trainer, tokenised
+from tests.trainer.tiny import ADAPTER, base_model, losses, make_trainer, tokenised
 
 
 OPTIONS = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 4}
@@ -85,3 +86,38 @@ def test_an_adapter_of_another_name(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, None, {**OPTIONS, "max_steps": 3}, model=model)
     with pytest.raises(ValueError, match=r"learn_noise=False, but the checkpoint .*checkpoint-2 has True"):
         trainer.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("adapter", [None, DIPNetConfig(**ADAPTER)], ids=["none", "dipnet"])
+def test_the_last_checkpoint_that_is_whole(adapter: DIPNetConfig | None, tmp_path: Path) -> None:
+    """A kill within a save leaves a folder without what Trainer writes last."""
+    options = {**OPTIONS, "max_steps": 3}
+    whole = make_trainer(tmp_path / "whole", adapter, options)
+    whole.train()
+    make_trainer(tmp_path / "cut", adapter, options).train()
+    shutil.rmtree(tmp_path / "cut" / "checkpoint-3")
+    (tmp_path / "cut" / "checkpoint-2" / "trainer_state.json").unlink()
+    resumed = make_trainer(tmp_path / "cut", adapter, options)
+    resumed.train(resume_from_checkpoint=True)
+    assert losses(resumed) == losses(whole) and len(losses(whole)) == 3
+    shutil.rmtree(tmp_path / "cut")
+    with pytest.raises(ValueError, match="No valid checkpoint found"):
+        make_trainer(tmp_path / "cut", adapter, options).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [({"noise_learning_rate": 1e3}, "lora_dip_log_variance"), ({"learning_rate": 1e38}, "lora_[AB]")],
+)
+def test_weights_that_a_step_has_ruined_are_not_saved(options: dict[str, Any], name: str, tmp_path: Path) -> None:
+    """Their loss and gradient were finite, and the checkpoint before them would be deleted."""
+    options = {**OPTIONS, "save_total_limit": 1, "max_steps": 1, **options}
+    trainer = make_trainer(tmp_path, DIPNetConfig(**ADAPTER), options)
+    with pytest.raises(
+        FloatingPointError, match=rf"Step 1: the optimiser has made .*{name}.* infinite or NaN. Nothing"
+    ):
+        trainer.train()
+    assert not list(tmp_path.rglob("*.safetensors"))
+    with pytest.raises(FloatingPointError, match="Nothing was saved"):
+        trainer.save_model(str(tmp_path / "end"))
+    assert not (tmp_path / "end").exists()

@@ -12,7 +12,8 @@ from accelerate.utils import DynamoBackend
 from peft import LoraConfig
 
 from dip_hf import DIPSFTConfig
-from dip_hf.trainer.checks import check_parallelism, check_second_pass
+from dip_hf.trainer.checks import check_parallelism
+from dip_hf.trainer.second_pass_checks import check_second_pass
 from tests.trainer.methods import DRES, ICP, SEQUENCE
 from tests.trainer.tiny import ADAPTER, base_model, make_trainer
 
@@ -67,6 +68,18 @@ REENTRANT = checkpoints(use_reentrant=True)
 def test_arguments(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         DIPSFTConfig(output_dir=str(tmp_path), use_cpu=True, **options)
+
+
+@pytest.mark.parametrize("options", [DRES, SEQUENCE, ICP])
+def test_checkpoints_that_the_model_came_with(options: dict[str, Any], tmp_path: Path) -> None:
+    """Trainer leaves them as they are where the arguments ask for none, and sets its own where they do."""
+    model = base_model()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ValueError, match=r"gradient_checkpointing_enable made reentrant checkpoints.*': False"):
+        make_trainer(tmp_path, None, options, model)
+    make_trainer(tmp_path, None, {**options, "activation_checkpointing": True}, model).train()
+    model.gradient_checkpointing_disable()
+    make_trainer(tmp_path, None, options, model)
 
 
 @pytest.mark.parametrize("given", [{"every_n_layers": 2}, {"use_reentrant": False, "preserve_rng_state": True}])

@@ -1,0 +1,103 @@
+"""What a run is refused whatever its loss: data that train nothing, half-written checkpoints, ruined weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from datasets import IterableDataset
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+
+from dip_hf.trainer.checkpoints import last_checkpoint
+from dip_hf.trainer.config import DIPSFTConfig
+from dip_hf.trainer.data_checks import (
+    by_name,
+    check_dataset,
+    check_prepared,
+    check_rows_left,
+    check_steps_made,
+    check_streamed,
+)
+from dip_hf.trainer.gradients import FiniteGradients, check_finite_weights
+from dip_hf.trainer.publishing import PublishingTrainer
+
+
+class CheckedTrainer(PublishingTrainer):
+    """`trl.SFTTrainer` that says so where it would train on nothing, go on from half a checkpoint, or save NaN.
+
+    Args:
+        model: as for `SFTTrainer`.
+        args: of the run.
+        data_collator: as for `SFTTrainer`.
+        train_dataset: as for `SFTTrainer`; neither empty nor with rows that train no token.
+        eval_dataset: likewise.
+        processing_class: as for `SFTTrainer`.
+        **kwargs: as for `SFTTrainer`.
+
+    Raises:
+        ValueError: a dataset is empty, or has a row that trains nothing or lacks a value; names the row.
+        FloatingPointError: in training, on a gradient or on weights that are not finite.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: DIPSFTConfig,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        check_dataset("train_dataset", train_dataset, args)
+        for name, rows in by_name(eval_dataset).items():
+            check_dataset(name, rows, args)
+        data = {"data_collator": data_collator, "train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        super().__init__(model, args, **data, processing_class=processing_class, **kwargs)
+        check_prepared("train_dataset", train_dataset, self.train_dataset, args, args.packing)
+        packing = args.packing if args.eval_packing is None else args.eval_packing
+        prepared = by_name(self.eval_dataset)
+        for name, rows in by_name(eval_dataset).items():
+            check_prepared(name, rows, prepared[name], args, packing)
+        self.add_callback(FiniteGradients)
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """As Trainer's; a stream's rows, which could not be seen before, are checked now."""
+        samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if isinstance(self.train_dataset, IterableDataset):
+            check_streamed(samples)
+        return samples, num_items
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As Trainer's; True stands for the last checkpoint that was written to its end.
+
+        Raises:
+            ValueError: a stream had no row to make a step with.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir) or True  # which Trainer refuses
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        check_steps_made(self)
+        return result
+
+    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """As Trainer's.
+
+        Raises:
+            ValueError: there is no row to evaluate.
+        """
+        check_rows_left(dataloader)
+        return super().evaluation_loop(dataloader, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer's.
+
+        Raises:
+            FloatingPointError: trained weights are not finite; nothing is written.
+        """
+        check_finite_weights(self.model, self.state.global_step)
+        super().save_model(output_dir, _internal_call)

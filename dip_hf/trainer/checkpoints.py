@@ -1,0 +1,32 @@
+"""Which of a run's checkpoints are whole, so that a run goes on from the last of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+
+STATE_NAME = "trainer_state.json"
+"""What Trainer writes last into a checkpoint, and reads whenever it resumes."""
+
+
+def is_whole(checkpoint: str | Path) -> bool:
+    """Whether a checkpoint was written to its end, and not cut short by a kill."""
+    try:
+        TrainerState.load_from_json(str(Path(checkpoint, STATE_NAME)))
+    except (OSError, json.JSONDecodeError, TypeError):  # missing, cut, or of another kind
+        return False
+    return True
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The whole checkpoint of the highest step in a run's `output_dir`; None where there is none.
+
+    transformers' `get_last_checkpoint` takes a half-written one too.
+    """
+    found = [(path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-"), path) for path in Path(folder).glob("checkpoint-*")]
+    steps = sorted(((int(step), path) for step, path in found if step.isdecimal()), reverse=True)
+    return next((str(path) for _, path in steps if is_whole(path)), None)
