@@ -22,6 +22,7 @@ from dip_hf.diagnostics.functional import score_answers
 from dip_hf.diagnostics.passes import prepare_batches
 from dip_hf.evaluation.environment import describe_environment, resolve_device
 from dip_hf.evaluation.sampling import make_sampler
+from dip_hf.loading import load_adapter
 from dip_hf.noise import NoiseKey
 from dip_hf.trainer.checkpoints import last_checkpoint
 from recipes.sft import make_trainer
@@ -148,8 +149,8 @@ def load_model(study: Study, folder: Path | None) -> PreTrainedModel | PeftModel
     adapter = folder is not None and (folder / CONFIG_NAME).is_file()
     whole = study.model if folder is None or adapter else folder
     model = AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32).to(device)
-    if adapter:
-        model = PeftModel.from_pretrained(model, folder)
+    if folder is not None and adapter:
+        model = load_adapter(model, folder)
     return model.eval()
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dip_hf.adapter_files import CONFIG_NAME, check_adapter_folder
@@ -26,6 +25,7 @@ from dip_hf.diagnostics.typos import add_instruction_typos
 from dip_hf.dres.functional import coding_matrices
 from dip_hf.evaluation.checkpoints import check_base, check_model_folder
 from dip_hf.evaluation.environment import describe_environment, resolve_device
+from dip_hf.loading import grow_embeddings, load_adapter
 from dip_hf.noise import NoiseKey
 from dip_hf.reasoning import FINETUNING
 from dip_hf.reasoning.families import Level
@@ -156,7 +156,8 @@ def load_checkpoint(adapter: str, base: str | None, device: str) -> tuple[Any, A
         place = f"base={source!r} or the tokenizer in adapter={adapter!r}"
         raise ValueError(f"{place} cannot be loaded ({error}); give base, a folder or a name.") from error
     if is_adapter:
-        model = PeftModel.from_pretrained(model, adapter)
+        grow_embeddings(model, len(tokenizer))
+        model = load_adapter(model, adapter)
     return model.to(device).eval(), tokenizer
 
 

@@ -21,6 +21,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 import dip_hf  # noqa: F401  # registers the DIPNet adapter with PEFT, for stock `--model hf` too
 from dip_hf.evaluation.sampling import Ensemble, Sampler, averaged_outputs, make_sampler
+from dip_hf.loading import grow_embeddings, load_adapter
 from dip_hf.noise import NoiseKey
 
 
@@ -131,9 +132,10 @@ class DIPLM(HFLM):
             return
         super()._create_model(pretrained, revision=revision, **kwargs)
         if peft is not None:
-            if len(self.tokenizer) > self._model.get_input_embeddings().num_embeddings:
-                self._model.resize_token_embeddings(len(self.tokenizer))
-            self._model = PeftModel.from_pretrained(self._model, peft, revision=revision)
+            grow_embeddings(self._model, len(self.tokenizer))
+            self._model = load_adapter(self._model, peft, revision=revision)
+            # `hf` goes on to tie the head to the embeddings again, of which the adapter may have brought its own
+            self._model.tie_weights = lambda *args, **kwargs: None
 
     def _next_key(self) -> NoiseKey:
         self._calls += 1

@@ -26,7 +26,7 @@ from dip_hf.evaluation.likelihoods import (
 )
 from dip_hf.evaluation.lm import DIPLM
 from dip_hf.evaluation.results import CheckpointScores, EvaluationSettings, TaskScores
-from dip_hf.evaluation.tasks import item_scores, keep_families, load_tasks, scored_samples, task_sets
+from dip_hf.evaluation.tasks import item_scores, keep_families, load_tasks, scored_samples, seed_tasks, task_sets
 
 
 VALIDATION_ITEMS = 100
@@ -58,7 +58,7 @@ def prepare_tasks(settings: EvaluationSettings, checkpoints: Sequence[Checkpoint
     tempered = [checkpoint.name for checkpoint in checkpoints if checkpoint.temperature]
     if tempered and not settings.calibration:
         raise ValueError(
-            f"checkpoints: {tempered[0]}: a temperature changes calibration alone; set calibration=True, or remove it"
+            f"checkpoints: {tempered[0]}: a temperature is there for calibration; set calibration=True, or remove it"
         )
     if tempered and settings.split == "validation":
         raise ValueError(f"split='validation': {tempered[0]}'s temperature is fitted on it; use the test split")
@@ -155,6 +155,7 @@ def _evaluate_one(settings: EvaluationSettings, checkpoint: Checkpoint, tasks: d
             home = _in_distribution(settings, tasks)
             held_out = load_tasks(home, settings.include_path, limit=1, validation_items=VALIDATION_ITEMS)["tasks"]
             temperature = fit_to_validation(model, [held_out[name] for name in home], VALIDATION_ITEMS)
+        seed_tasks(tasks["tasks"])
         results = evaluate(lm=model, task_dict=tasks, limit=settings.limit, bootstrap_iters=0)
         assert results is not None  # None is for ranks other than 0, which `prepare_tasks` refuses
         scores = [_task_scores(settings, model, tasks, *named) for named in results["samples"].items()]

@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from dip_hf.dipnet import DIPNetModel
+from dip_hf.loading import check_loaded_whole
 from dip_hf.noise import NoiseKey, derive_seed
 from dip_hf.peft_compat import LoraLayer
 
@@ -221,7 +222,8 @@ class Ensemble(Sampler):
         self._names = [model.active_adapter]
         for index, folder in enumerate(folders, start=1):
             self._names.append(f"member_{index}")
-            model.load_adapter(folder, adapter_name=self._names[-1], torch_device=str(model.device))
+            result = model.load_adapter(folder, adapter_name=self._names[-1], torch_device=str(model.device))
+            check_loaded_whole(result, folder)
         model.eval()
         self.num_samples = self.copies = len(self._names)
 

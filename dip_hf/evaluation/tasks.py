@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Iterable, Iterator, Sequence
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from lm_eval.api.group import Group
 from lm_eval.tasks import TaskManager
 
@@ -57,6 +60,7 @@ def load_tasks(
             hint = f"did you mean {', '.join(close)}?" if close else "`lm-eval ls tasks` lists lm-eval's own"
             raise ValueError(f"tasks: {name!r} is neither a task nor a group; {hint}")
     matched = dict.fromkeys(match for name in names for match in fnmatch.filter(manager.all_tasks, name))
+    seed_tasks({})
     loaded: dict[str, Any] = manager.load(list(matched))
     for name, task in loaded["tasks"].items():
         if split != "test" and "family" not in (task.config.dataset_kwargs or {}):
@@ -64,8 +68,25 @@ def load_tasks(
         # What lm-eval's `simple_evaluate` does to its tasks; it also spends seconds on collecting the environment.
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=1234)
+    seed_tasks(loaded["tasks"])
     return loaded
+
+
+def seed_tasks(tasks: Mapping[str, Any]) -> None:
+    """Begin the tasks' random choices anew, with lm-eval's own default seeds.
+
+    Before tasks are loaded, since some shuffle their choices by the global generators, and before each checkpoint,
+    since the examples in front of a few-shot question are drawn as prompts are built: every checkpoint is to see the
+    same.
+
+    Args:
+        tasks: those that are loaded, by name.
+    """
+    random.seed(0)
+    np.random.seed(1234)
+    torch.manual_seed(1234)
+    for task in tasks.values():
+        task.set_fewshot_seed(seed=1234)
 
 
 def _missing(name: str, manager: TaskManager) -> Iterator[str]:

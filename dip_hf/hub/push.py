@@ -18,6 +18,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
+from dip_hf.hub.results import BENCHMARK_FOLDER, EVALUATION_FOLDER
 from dip_hf.hub.settings import PushSettings
 from dip_hf.hub.stage import LORA_FOLDER, MERGED_FOLDER, Staging, stage
 
@@ -159,7 +160,7 @@ class _Push:
 
     def _commit(self, staging: Staging, head: str, present: set[str]) -> CommitInfo:
         additions = {name: staging.files[name] for name in sorted(staging.files)}
-        stale = sorted(name for name in present - additions.keys() if _is_weight(name))
+        stale = sorted(name for name in present - additions.keys() if _is_weight(name) or _is_result(name))
         message = self.settings.commit_message or f"Push a run with dip_hf {version('dip_hf')}"
 
         def landed() -> CommitInfo | None:
@@ -274,6 +275,11 @@ def _line(error: Exception) -> str:
 def _is_weight(name: str) -> bool:
     folder, _, file = name.rpartition("/")
     return folder in ("", LORA_FOLDER, MERGED_FOLDER) and _WEIGHTS.fullmatch(file) is not None
+
+
+def _is_result(name: str) -> bool:
+    """Whether a file holds results of the weights that stood in the repository, which are now replaced."""
+    return name.startswith((f"{EVALUATION_FOLDER}/", f"{BENCHMARK_FOLDER}/"))
 
 
 def _object_ids(path: Path) -> set[str]:

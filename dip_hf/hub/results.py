@@ -18,6 +18,10 @@ from dip_hf.hub.record import scrub
 from dip_hf.hub.settings import check_repo_id
 
 
+EVALUATION_FOLDER = "evaluation"
+"""Where a repository has the report."""
+BENCHMARK_FOLDER = ".eval_results"
+"""Where the Hub looks for results on its benchmarks."""
 REPORT_NAME = "report.json"
 PICTURE_NAME = "report.png"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import yaml
@@ -139,7 +140,15 @@ def _card_metadata(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     check_inside(folder, path)
-    return ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+    try:
+        head = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"the head of {path} is no YAML mapping ({error}); mend it, or remove the file") from error
+    for name in ("datasets", "base_model"):
+        value = head.get(name)
+        if not isinstance(value, (str, list, NoneType)):
+            raise ValueError(f"{name}={value!r} in {path} must be a name or a list of names; mend it")
+    return head
 
 
 def _only(bases: Any, folder: Path) -> Any:

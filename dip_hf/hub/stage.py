@@ -15,7 +15,15 @@ from dip_hf.dipnet.export import export_lora
 from dip_hf.evaluation.checkpoints import model_weights
 from dip_hf.hub.card import render_card
 from dip_hf.hub.record import ENVIRONMENT_NAME, TRAINING_NAME, scrub
-from dip_hf.hub.results import PICTURE_NAME, REPORT_NAME, Results, StaleReportError, read_results
+from dip_hf.hub.results import (
+    BENCHMARK_FOLDER,
+    EVALUATION_FOLDER,
+    PICTURE_NAME,
+    REPORT_NAME,
+    Results,
+    StaleReportError,
+    read_results,
+)
 from dip_hf.hub.run import MODEL, FinishedRun, local_base, other_adapters, read_run
 from dip_hf.hub.settings import PushSettings
 
@@ -105,7 +113,7 @@ def _find_results(run: FinishedRun, settings: PushSettings, staging: Staging) ->
     if results is None:
         if settings.benchmarks:
             raise ValueError(f"benchmarks={settings.benchmarks} need a report: give the one of recipes/evaluate.py")
-        staging.left_out[f"evaluation/{REPORT_NAME}"] = missing
+        staging.left_out[f"{EVALUATION_FOLDER}/{REPORT_NAME}"] = missing
         return None
     staging.origin = results.origin
     return results
@@ -151,8 +159,9 @@ def _stage_lora(run: FinishedRun, work: Path, staging: Staging) -> str | None:
 
 
 def _stage_merged(run: FinishedRun, target: Path, staging: Staging) -> None:
-    from peft import PeftModel  # a push without a merged model loads no model
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM  # a push without a merged model loads no model
+
+    from dip_hf.loading import load_adapter
 
     # What it was trained on, where that is here; a path that is not here may be a stranger's name on the Hub
     base = local_base(run.adapter.get("base_model_name_or_path") or "", run.folder) or run.base_model
@@ -164,7 +173,7 @@ def _stage_merged(run: FinishedRun, target: Path, staging: Staging) -> None:
             f"base_model={str(base)!r} cannot be loaded ({reason}), which merged=True needs: give base_model, a name "
             "on the Hub that you can read, and be online, or push without merged"
         ) from error
-    model = PeftModel.from_pretrained(loaded, run.folder)
+    model = load_adapter(loaded, run.folder)
     model.merge_and_unload().save_pretrained(target)
     made = {path.name: path for path in sorted(target.iterdir())}
     files = _found(run.folder, _TOKENIZER_FILES) | made
@@ -173,13 +182,13 @@ def _stage_merged(run: FinishedRun, target: Path, staging: Staging) -> None:
 
 def _stage_results(results: Results, settings: PushSettings, work: Path, staging: Staging) -> None:
     text = json.dumps(results.report, indent=2) + "\n"
-    staging.files[f"evaluation/{REPORT_NAME}"] = _write(work / "evaluation" / REPORT_NAME, text)
+    staging.files[f"{EVALUATION_FOLDER}/{REPORT_NAME}"] = _write(work / EVALUATION_FOLDER / REPORT_NAME, text)
     if results.picture is not None:
         check_inside(results.picture.parent, results.picture)
-        staging.files[f"evaluation/{PICTURE_NAME}"] = results.picture
+        staging.files[f"{EVALUATION_FOLDER}/{PICTURE_NAME}"] = results.picture
     for name, entry in results.benchmark_entries(settings.benchmarks or []).items():
         text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False, allow_unicode=True)
-        staging.files[f".eval_results/{name}"] = _write(work / "eval_results" / name, text)
+        staging.files[f"{BENCHMARK_FOLDER}/{name}"] = _write(work / "eval_results" / name, text)
 
 
 def _refuse_tokens(staging: Staging) -> None:

@@ -207,3 +207,14 @@ class SFTParser(RecipeParser):
 
 def _bad_choice(name: str, value: object, choices: Iterable[str]) -> str:
     return f"{name}={value!r} is not one of {', '.join(map(repr, choices))}"
+
+
+def model_options(training: DIPSFTConfig, adapter: AdapterArguments) -> dict[str, Any]:
+    """What the model is loaded with: the fields of `adapter`, and over them `model_init_kwargs`."""
+    given = training.model_init_kwargs
+    return {
+        "revision": adapter.model_revision,
+        "attn_implementation": adapter.attn_implementation,
+        "dtype": adapter.dtype,
+        **(given if isinstance(given, dict) else {}),
+    }

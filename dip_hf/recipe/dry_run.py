@@ -22,11 +22,12 @@ from dip_hf.dipnet.export import NOISE_PREFIX
 from dip_hf.dres import DReSBranch
 from dip_hf.icp import ICPBranch
 from dip_hf.peft_compat import BaseTunerLayer
-from dip_hf.recipe.arguments import AdapterArguments, DataArguments
+from dip_hf.recipe.arguments import AdapterArguments, DataArguments, model_options
 from dip_hf.recipe.data import check_run, is_local, load_datasets
 from dip_hf.recipe.gsm8k import TRAIN_ROWS as GSM8K_TRAIN_ROWS
 from dip_hf.trainer import DIPSFTConfig, optimizer_groups
 from dip_hf.trainer.optimizer import check_posterior
+from dip_hf.trainer.publishing import check_public_base
 from dip_hf.trainer.second_pass_checks import check_one_loss_pass
 
 
@@ -52,13 +53,17 @@ def describe_run(
             excepted; or a model of unknown shape.
     """
     check_run(data, training, adapter)
+    if training.push_to_hub:
+        peft_config = adapter.peft_config(training.seed)
+        check_public_base(adapter.model_name_or_path, peft_config, Path(training.output_dir))
     config, source = _model_config(adapter, architectures)
-    model = build_on_meta(config, adapter.dtype)
+    dtype = model_options(training, adapter)["dtype"]
+    model = build_on_meta(config, dtype)
     base_parameters = sum(parameter.numel() for parameter in model.parameters())
     yield "Dry run: nothing is downloaded, written or trained."
     yield f"model       {adapter.model_name_or_path}: {type(model).__name__}, {base_parameters:,} parameters"
     yield f"            shape from {source}; weights {_weights_at_hand(adapter)}"
-    yield f"            {_weight_memory(model, adapter)}"
+    yield f"            {_weight_memory(model, adapter, dtype)}"
 
     tuned, dres, icp = adapt(model, training, adapter)
     yield from _describe_adapter(tuned, training, adapter)
@@ -165,13 +170,13 @@ def _weights_at_hand(adapter: AdapterArguments) -> str:
     return "in the local cache" if any(isinstance(path, str) for path in cached) else "would be downloaded"
 
 
-def _weight_memory(model: PreTrainedModel, adapter: AdapterArguments) -> str:
+def _weight_memory(model: PreTrainedModel, adapter: AdapterArguments, dtype: str | None) -> str:
     sizes: dict[Any, int] = {
         parameter: parameter.numel() * parameter.element_size() for parameter in model.parameters()
     }
     bits = 4 if adapter.load_in_4bit else 8 if adapter.load_in_8bit else None
     if bits is None:
-        return f"weights {_size(sum(sizes.values()))} in {adapter.dtype}"
+        return f"weights {_size(sum(sizes.values()))} in {dtype}"
     head = model.get_output_embeddings()
     for module in model.modules():
         # bitsandbytes leaves the head and whatever is no linear layer as it is
@@ -179,7 +184,7 @@ def _weight_memory(model: PreTrainedModel, adapter: AdapterArguments) -> str:
             sizes[module.weight] = module.weight.numel() * bits // 8
     kind = adapter.bnb_4bit_quant_type if bits == 4 else "int8"
     size = _size(sum(sizes.values()))
-    return f"weights about {size}: linear layers in {bits} bits ({kind}), the rest in {adapter.dtype}"
+    return f"weights about {size}: linear layers in {bits} bits ({kind}), the rest in {dtype}"
 
 
 def _describe_adapter(model: nn.Module, training: DIPSFTConfig, adapter: AdapterArguments) -> Iterator[str]:
@@ -221,7 +226,8 @@ def _describe_adapter(model: nn.Module, training: DIPSFTConfig, adapter: Adapter
 
 def _describe_data(data: DataArguments, training: DIPSFTConfig) -> tuple[int | None, list[str]]:
     if data.families is None and not is_local(str(data.dataset_name)):
-        rows = GSM8K_TRAIN_ROWS if data.dataset_format == "gsm8k" else None
+        known_size = (data.dataset_name, data.dataset_train_split) == ("openai/gsm8k", "train")
+        rows = GSM8K_TRAIN_ROWS if known_size else None
         where = " ".join(filter(None, (data.dataset_name, data.dataset_config)))
         known = f", {rows:,} rows as published" if rows else ""
         return rows, [
@@ -249,7 +255,10 @@ def _describe_steps(rows: int | None, training: DIPSFTConfig) -> Iterator[str]:
         yield f"steps       {epochs:g} epochs; the number of steps is known once the data is loaded"
     else:
         before_packing = " at most, before packing" if training.packing else ""
-        yield f"steps       {math.ceil(math.ceil(rows / batch) * epochs)}{before_packing} ({epochs:g} epochs)"
+        batches = rows / (per_device * training.world_size)
+        whole = math.floor(batches) if training.dataloader_drop_last else math.ceil(batches)
+        steps = math.ceil(math.ceil(whole / accumulated) * epochs)
+        yield f"steps       {steps}{before_packing} ({epochs:g} epochs)"
 
 
 def _describe_optimizer(model: nn.Module, training: DIPSFTConfig) -> Iterator[str]:

@@ -39,6 +39,11 @@ class RecipeParser(TrlParser):
                 raise ValueError(f"the config file's key {key!r} is no field{_close_to(str(key), actions)}")
             if actions[key].nargs == "*" and isinstance(value, str):
                 config[key] = [value]
+            elif actions[key].nargs == "*" and value is not None and not _is_list(value):
+                raise ValueError(
+                    f"the config file's key {key!r} must be a list of words or numbers, got {value!r}; write each on "
+                    "a line of its own, as `- NAME`, or for checkpoints `- NAME=FOLDER`"
+                )
             if key.endswith("_strategy") and value is False:
                 config[key] = "no"  # which YAML reads as false where it is not quoted
         return super().set_defaults_with_config(**config)
@@ -62,6 +67,10 @@ class RecipeParser(TrlParser):
             return tuple(self.parse_args_and_config(words))
         except TypeError as error:  # of a key that is no text, or of a value's own check
             raise ValueError(f"the config file or an option: {error}") from error
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list) and not any(isinstance(entry, (list, dict)) for entry in value)
 
 
 def _split_config_option(argument: str) -> list[str]:

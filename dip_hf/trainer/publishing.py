@@ -36,7 +36,7 @@ class PublishingTrainer(SFTTrainer):
         if args.push_to_hub:
             if isinstance(model, PeftModel):
                 _check_trained_adapter("push_to_hub=True", model, Path(args.output_dir))
-            _check_base(model, kwargs.get("peft_config"), Path(args.output_dir))
+            check_public_base(model, kwargs.get("peft_config"), Path(args.output_dir))
         super().__init__(model, args=args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -159,8 +159,17 @@ def _check_trained_adapter(asked: str, model: PeftModel, folder: Path) -> None:
         )
 
 
-def _check_base(model: Any, peft_config: PeftConfig | None, folder: Path) -> None:
-    """Refuse an adapter on a local folder before it is trained; a whole model needs no base."""
+def check_public_base(model: Any, peft_config: PeftConfig | None, folder: Path) -> None:
+    """Refuse to push an adapter on a local folder, before it is trained; a whole model needs no base.
+
+    Args:
+        model: as for `SFTTrainer`.
+        peft_config: likewise.
+        folder: of the run.
+
+    Raises:
+        ValueError: the base is a local folder.
+    """
     if isinstance(model, PeftModel):
         base = model.peft_config[model.active_adapter].base_model_name_or_path
     elif peft_config is None:

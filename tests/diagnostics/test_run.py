@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dip_hf.cli import main
 from dip_hf.diagnostics import make_batches, robustness, smoothness
@@ -140,3 +141,14 @@ def test_a_tokenizers_own_code_is_not_run(
     with pytest.raises(ValueError, match=r"tokenizer in adapter=.*own.* cannot be loaded"):
         load_checkpoint(str(own), base_folder, "cpu")
     assert not (tmp_path / "ran").exists()
+
+
+def test_an_adapter_with_tokens_of_its_own(base_folder: str, tmp_path: Path) -> None:
+    base, tokenizer = AutoModelForCausalLM.from_pretrained(base_folder), AutoTokenizer.from_pretrained(base_folder)
+    tokenizer.add_tokens(["<one>", "<two>"])
+    base.resize_token_embeddings(len(tokenizer))
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    get_peft_model(base, config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, _ = load_checkpoint(str(tmp_path), base_folder, "cpu")
+    assert model.get_input_embeddings().weight.shape[0] == len(tokenizer)

@@ -229,3 +229,42 @@ def test_probabilities_of_a_bfloat16_model_are_in_float32(base_folder: str, opti
     total = expected.gather(1, torch.tensor(answer)[:, None]).sum().item()
     [(value, _)] = model.loglikelihood(requests("loglikelihood", (PROMPTS[0], " 16")), disable_tqdm=True)
     assert value == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"modules_to_save": ["embed_tokens"]},
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {"trainable_token_indices": [3, 4]},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", [peft.LoraConfig, DIPNetConfig])
+def test_embeddings_of_the_adapters_own_on_a_tied_base(
+    kind: type[peft.LoraConfig], changes: dict[str, Any], base_folder: str, tmp_path: Path
+) -> None:
+    """`hf` ties the head of a base to its embeddings after the adapter is loaded."""
+    base = AutoModelForCausalLM.from_pretrained(base_folder, tie_word_embeddings=True)
+    base.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(base_folder).save_pretrained(tmp_path / "base")
+    trained = peft.get_peft_model(base, kind(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **changes)).eval()
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter += torch.randn_like(parameter) / 4
+    trained.save_pretrained(tmp_path / "adapter")
+    model = load(DIPLM, str(tmp_path / "base"), str(tmp_path / "adapter"))
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        expected = trained(input_ids=tokens).logits
+    torch.testing.assert_close(model._model_call(tokens), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("number", ["x", 2.5, -1])
+def test_a_number_of_samples_that_is_none(number: Any, base_folder: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"num_samples={number} must be 0 \(a plain pass\) or how many to average over"
+    ):
+        load(DIPLM, base_folder, None, num_samples=number)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from dip_hf.evaluation.checkpoints import Checkpoint, weight_digests
 from dip_hf.evaluation.report import make_report
@@ -195,3 +197,55 @@ def test_a_tokenizers_own_code_is_not_run(
     with pytest.raises(ValueError, match=r"checkpoints: one: the tokenizer in .*own cannot be loaded"):
         load_model(settings_for(base_folder), Checkpoint("one", str(own)))
     assert not (tmp_path / "ran").exists()
+
+
+def few_shot(folder: Path) -> None:
+    """A task with examples in front of its questions, and choices in an order that Python's generator gives."""
+    for name in ("train", "test"):
+        rows = [{"question": f"{name} {n} is", "answer": f" {n}"} for n in range(20)]
+        (folder / f"{name}.json").write_text(json.dumps(rows))
+    (folder / "shuffle.py").write_text(
+        "import random\n\n\ndef shuffle(docs):\n"
+        "    return docs.map(lambda doc: {'choices': random.sample([doc['answer'], ' none', ' two'], 3)})\n"
+    )
+    (folder / "few.yaml").write_text(
+        f"""
+task: few
+dataset_path: json
+dataset_kwargs: {{data_files: {{train: {folder / "train.json"}, test: {folder / "test.json"}}}}}
+fewshot_split: train
+test_split: test
+process_docs: !function shuffle.shuffle
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{choices.index(answer)}}}}"
+target_delimiter: ""
+num_fewshot: 2
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+    )
+
+
+def test_every_checkpoint_sees_the_same_examples_and_choices(base_folder: str, tmp_path: Path) -> None:
+    """A base that is given twice has twice the same prompts; lm-eval's sampler goes on from where it was."""
+    few_shot(tmp_path)
+    settings = settings_for(base_folder, tasks=("few",), include_path=str(tmp_path), limit=20)
+    checkpoints = [Checkpoint("one"), Checkpoint("two")]
+    seen = []
+    for _ in range(2):  # as in two runs
+        random.seed(len(seen))
+        tasks = prepare_tasks(settings, checkpoints)
+        for _scores in evaluate_checkpoints(settings, checkpoints, tasks):
+            seen.append([instance.args for instance in tasks["tasks"]["few"].instances])
+    assert seen[0] == seen[1] == seen[2] == seen[3]
+    assert len({prompt.rpartition("test")[0] for prompt, _ in seen[0]}) > 1  # the examples differ by question
+
+
+def test_an_adapter_of_another_base(base_folder: str, tmp_path: Path) -> None:
+    """PEFT leaves out what fits nothing without a word."""
+    deeper = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base_folder, num_hidden_layers=3))
+    get_peft_model(deeper, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    checkpoints = [Checkpoint("lora", str(tmp_path))]
+    with pytest.raises(ValueError, match=r"does not fit the base model .*load it on the base that it was trained on"):
+        evaluate(settings_for(base_folder), checkpoints)

@@ -151,3 +151,13 @@ def test_the_run_is_not_lost_where_the_push_is_refused(
     assert refused["error"] == "ValueError" and "did not come from" in refused["message"]
     assert len(repo.commits) == 1
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+
+
+def test_results_of_replaced_weights_go(call: Call, hub: Hub, run_folder: Path) -> None:
+    """They would stand beside weights that nobody has evaluated."""
+    name, old = "you/replaced", {"evaluation/report.json", "evaluation/report.png", ".eval_results/gsm8k.yaml"}
+    kept = {"notes/evaluation.md", "README.md"}
+    hub.add_repo(name, dict.fromkeys(old | kept, b"old"))
+    answer = call("push", {"folder": str(run_folder), "repo_id": name, "force": True}, token=TOKEN)
+    assert "value" in answer, answer
+    assert not old & set(hub.repos[name].files) and kept <= set(hub.repos[name].files)

@@ -235,3 +235,16 @@ def test_a_whole_model_whose_folder_has_a_plus_in_its_name(base_folder: Path, tm
 def test_one_dataset_may_be_given_as_a_text(run_folder: Path, tmp_path: Path) -> None:
     staging = staged(run_folder, tmp_path / "work", datasets="openai/gsm8k")
     assert "- openai/gsm8k" in staging.files["README.md"].read_text()
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        ("---\na: [\n---\n", "the head of .*README.md is no YAML mapping"),
+        ("---\ndatasets: 5\n---\n", "datasets=5 in .*README"),
+    ],
+)
+def test_a_card_whose_head_is_broken(head: str, message: str, run_folder: Path, tmp_path: Path) -> None:
+    (run_folder / "README.md").write_text(head)
+    with pytest.raises(ValueError, match=message):
+        staged(run_folder, tmp_path / "work")

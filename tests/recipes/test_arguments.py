@@ -161,3 +161,27 @@ def test_a_text_where_a_list_belongs_is_a_list_of_one(field: str, tmp_path: Path
     data, _, adapter = parse(write(tmp_path, **{"dataset_name": None, "families": ["gcd"], field: "number_sorting"}))
     given = {"families": data.families, "lora_target_modules": adapter.lora_target_modules}[field]
     assert given in (["number_sorting"], "number_sorting")  # PEFT takes one module's name as a text
+
+
+@pytest.mark.parametrize("value", [{"number_sorting": 8, "gcd": 4}, [{"gcd": 4}], 3])
+def test_what_is_no_list_where_a_list_belongs(value: Any, tmp_path: Path) -> None:
+    """A mapping was taken for the list of its keys."""
+    with pytest.raises(
+        ValueError, match=r"key 'families' must be a list of words or numbers, got .*; write each on a "
+    ):
+        parse(write(tmp_path, dataset_name=None, families=value))
+
+
+def test_a_strategy_of_no(tmp_path: Path) -> None:
+    """YAML reads it as false, unless it is quoted."""
+    path = tmp_path / "config.yaml"
+    path.write_text(Path(write(tmp_path)).read_text() + "\nsave_strategy: no\neval_strategy: no\n")
+    _, training, _ = parse(path)
+    assert (training.save_strategy, training.eval_strategy) == ("no", "no")
+
+
+def test_a_key_that_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("1: 2\n")
+    with pytest.raises(ValueError, match=r"the config file or an option: .*must be strings"):
+        parse(path)

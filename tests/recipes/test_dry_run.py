@@ -226,3 +226,41 @@ def test_the_validation_examples_are_counted() -> None:
     config = str(ROOT / "recipes" / "configs" / "quickstart.yaml")
     text = describe("--config", config, "--train_size", "3", "--eval_size", "2", "--eval_strategy", "epoch")
     assert "12 rows from families" in text and "and 8 rows to evaluate on" in text
+
+
+def local_run(tmp_path: Path, rows: int, *argv: str) -> list[str]:
+    data = tmp_path / "rows.jsonl"
+    data.write_text((json.dumps({"prompt": "How many?", "completion": " One."}) + "\n") * rows)
+    return [
+        *("--model_name_or_path", str(save_small_model(tmp_path / "model")), "--dataset_name", str(data)),
+        *("--output_dir", str(tmp_path / "out"), "--use_cpu", "--bf16", "false", "--adapter", "none", *argv),
+    ]
+
+
+@pytest.mark.parametrize("drop_last", ["false", "true"])
+@pytest.mark.parametrize(("rows", "accumulated"), [(10, 1), (10, 2), (8, 2), (9, 2)])
+def test_the_number_of_steps_is_that_of_a_real_trainer(
+    rows: int, accumulated: int, drop_last: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    argv = local_run(tmp_path, rows, "--per_device_train_batch_size", "4", "--num_train_epochs", "2")
+    argv += ["--gradient_accumulation_steps", str(accumulated), "--dataloader_drop_last", drop_last]
+    trainer = load_sft().make_trainer(*SFTParser().parse_recipe(argv))
+    trainer.train()
+    assert f"steps       {trainer.state.max_steps} (2 epochs)" in describe(*argv)
+
+
+def test_the_dtype_that_model_init_kwargs_gives(tmp_path: Path) -> None:
+    assert "MiB in bfloat16" in describe(*local_run(tmp_path, 4, "--model_init_kwargs", '{"dtype": "bfloat16"}'))
+
+
+@pytest.mark.parametrize("argv", [["--dataset_train_split", "test"], ["--dataset_name", "you/own"]])
+def test_the_size_of_no_other_dataset_is_claimed(argv: list[str], no_network: None) -> None:
+    text = describe("--config", str(ROOT / "recipes" / "configs" / "gsm8k_qwen2.5_3b.yaml"), *argv)
+    assert "as published" not in text and "the number of steps is known once the data is loaded" in text
+
+
+def test_a_push_of_an_adapter_on_a_local_base(tmp_path: Path) -> None:
+    argv = local_run(tmp_path, 4, "--adapter", "lora", "--lora_target_modules", "all-linear", "--push_to_hub", "true")
+    with pytest.raises(ValueError, match=r"push_to_hub=True, but the base .* is a local folder"):
+        describe(*argv)

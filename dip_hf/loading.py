@@ -1,0 +1,63 @@
+"""Load an adapter onto a base that it fits, or say that it does not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+
+def load_adapter(base: PreTrainedModel, adapter: str | Path, revision: str | None = None) -> PeftModel:
+    """`PeftModel.from_pretrained`, for any kind of adapter, which leaves out weights that fit nothing in the base.
+
+    Args:
+        base: the model; it is changed in place.
+        adapter: a folder, or a name on the Hub.
+        revision: of a name on the Hub.
+
+    Raises:
+        ValueError: the adapter was trained on another base, or its weights are incomplete; names a weight.
+    """
+    try:
+        model = PeftModel.from_pretrained(base, adapter, revision=revision)
+        # Once more, for what the first call has found and not returned
+        check_loaded_whole(model.load_adapter(adapter, model.active_adapter, revision=revision), adapter)
+    except RuntimeError as error:
+        raise _misfit(adapter, str(error).strip().splitlines()[-1].strip()) from error
+    return model
+
+
+def check_loaded_whole(result: Any, adapter: str | Path) -> None:
+    """
+    Args:
+        result: what `PeftModel.load_adapter` returned.
+        adapter: whose weights it loaded.
+
+    Raises:
+        ValueError: weights were left out, or missing.
+    """
+    # A prompt's vectors are no weights of a module; embeddings that were resized and trained PEFT writes twice
+    of_modules = [key for key in result.unexpected_keys if key.startswith("base_model.")]
+    left_out = [key for key in of_modules if ".modules_to_save." not in key]
+    if left_out:
+        raise _misfit(adapter, f"{left_out[0]!r} is a weight of no module of the model")
+    if result.missing_keys:
+        raise _misfit(adapter, f"{result.missing_keys[0]!r} is not among its weights")
+
+
+def _misfit(adapter: str | Path, reason: str) -> ValueError:
+    return ValueError(
+        f"adapter={str(adapter)!r} does not fit the base model ({reason}); load it on the base that it was trained "
+        "on, or save or download it again."
+    )
+
+
+def grow_embeddings(base: PreTrainedModel, tokens: int) -> None:
+    """Give a base that has fewer embeddings than an adapter's tokenizer has tokens as many as it had in training."""
+    embeddings = base.get_input_embeddings()
+    assert isinstance(embeddings, nn.Embedding)
+    if tokens > embeddings.num_embeddings:
+        base.resize_token_embeddings(tokens)
