@@ -17,6 +17,8 @@ from studies.statistics import Difference, Resampler, holm
 LEVEL = 0.05
 MIN_SEEDS = 3
 """Below so many seeds a report gives no verdict."""
+UNANIMOUS = 5
+"""Up to so many seeds a verdict takes all to agree, which is the harder the more there are."""
 BOOTSTRAP_SEED = 0
 CALIBRATED = ("standard", "harder")
 """Task sets whose probabilities are compared."""
@@ -68,8 +70,8 @@ class Row:
     missing: int = 0
 
     def verdict(self, measure: Measure) -> str:
-        """What the numbers support, in a word or three: a difference needs p below the level after correction, and the
-        same sign in every seed, because a bootstrap over a handful of seeds alone finds too many."""
+        """What the numbers support, in a word or three: a difference needs p below the level after correction, and
+        with a handful of seeds the same sign in each."""
         own = self.difference
         if own is None or self.p is None:
             return "" if self.seeds else "pending"
@@ -77,7 +79,7 @@ class Row:
             return "too few seeds"
         if self.missing:
             return "seeds missing"
-        if self.p >= LEVEL or own.seeds not in (own.higher, own.lower):
+        if self.p >= LEVEL or (own.seeds <= UNANIMOUS and own.seeds not in (own.higher, own.lower)):
             return "no difference shown"
         return "better" if (own.value > 0) == measure.rising else "worse"
 
@@ -171,9 +173,11 @@ def _rows(
         if arm is not reference and both:
             pair = [_estimate(results, one, size, both, measure, resamplers) for one in (arm, reference)]
             differences[arm.name] = resamplers[measure.task_set, tuple(both)].difference(*pair)
-    pending = [row.arm for row in rows if row.arm not in {reference.name, *differences}]
-    # A pending arm counts as one that shows nothing, so that its result cannot take back a verdict already given.
-    p_values = {name: one.p for name, one in differences.items()} | dict.fromkeys(pending, 1.0)
+    # An arm that is not finished counts as one that shows nothing, so that its result cannot take back a verdict
+    # already given; a seed or two of it may have any p.
+    p_values = {row.arm: 1.0 for row in rows if row.arm != reference.name}
+    whole = len(results.study.seeds)
+    p_values |= {name: one.p for name, one in differences.items() if one.seeds == whole}
     adjusted = dict(zip(p_values, holm(list(p_values.values())), strict=True))
     for index, row in enumerate(rows):
         if row.arm in differences:

@@ -10,6 +10,7 @@ import shutil
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -128,14 +129,17 @@ def _train(config: dict[str, Any], folder: Path) -> dict[str, Any]:
         result = trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     except FloatingPointError as error:
         return {"diverged": str(error)}
-    if not math.isfinite(result.training_loss):
-        return {"diverged": f"the mean training loss is {result.training_loss}"}
+    # Of all steps, where a resumed run's own mean is over those since
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    loss = fmean(logged or [result.training_loss])
+    if not math.isfinite(loss):
+        return {"diverged": f"the mean training loss is {loss}"}
     # The adapter alone: Trainer's own saving adds its pickled arguments
     trainer.model.save_pretrained(folder)
     report = {
         "seconds": round(clock.seconds(), 2),
         "steps": result.global_step,
-        "loss": result.training_loss,
+        "loss": loss,
         "threads": torch.get_num_threads(),
     }
     del trainer

@@ -1,7 +1,7 @@
 """Make the tables and pictures of one or more studies from what is finished of them.
 
     python -m studies.report                        # every study in studies/
-    python -m studies.report studies/two_cores.yaml
+    python -m studies.report studies/two_cores.yaml --docs elsewhere
     python -m studies.report studies/two_cores.yaml --reference lora_same_rate --docs elsewhere
 
 Writes docs/results.md, and into docs/results/ per study NAME.json (the same numbers), NAME-SIZE.png and NAME.jsonl (a
@@ -68,9 +68,17 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     try:
         studies = [load_study(path) for path in arguments.studies or sorted((ROOT / "studies").glob("*.yaml"))]
+        for study in studies:
+            if not Path(study.model).is_dir() and (ROOT / study.model).is_dir():
+                raise ValueError(
+                    f"{study.name}: model={study.model!r} is no folder here: run from the repository's root"
+                )
+        if (arguments.studies or arguments.reference) and arguments.docs.resolve() == ROOT / "docs":
+            raise ValueError(
+                "docs/results.md is of every study, by its own reference, and would be replaced: name another folder "
+                "by --docs"
+            )
         if arguments.reference is not None:
-            if arguments.docs == ROOT / "docs":
-                raise ValueError("--reference would replace docs/results.md: name another folder by --docs")
             studies = [_compared_with(study, arguments.reference) for study in studies]
         for path in write_report(studies, arguments.docs):
             print(f"Wrote {path}")

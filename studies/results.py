@@ -90,7 +90,8 @@ def read_results(study: Study, *paths: Path) -> Results:
 
     Args:
         study: as declared.
-        paths: where cells stand; of two that are the same place of the table, that of the later file counts.
+        paths: where cells stand; of two that are the same place of the table, that of the later file counts, and of
+            an arm's cells those whose setting was chosen by the same trials as the later file's.
 
     Raises:
         ValueError: two cells were not scored on the same items.
@@ -103,6 +104,14 @@ def read_results(study: Study, *paths: Path) -> Results:
             lines[place] = line
         else:
             stale.add(place)
+    # Trials that scored otherwise elsewhere may have chosen another setting: an arm has that of the file that counts
+    chosen = {(arm, size): _choice(line) for (arm, size, _), line in lines.items()}
+    for path in paths:
+        current = [line for line in read_lines(path) if _is_current(study, line)]
+        chosen |= {(line["arm"], line["size"]): _choice(line) for line in current}
+    mixed = {place for place, line in lines.items() if _choice(line) != chosen[place[:2]]}
+    stale |= mixed
+    lines = {place: line for place, line in lines.items() if place not in mixed}
     items: dict[str, str] = {}
     for (arm, _, _), line in lines.items():
         for tasks in line["sets"].values():
@@ -110,6 +119,11 @@ def read_results(study: Study, *paths: Path) -> Results:
                 if items.setdefault(name, task["items"]) != task["items"]:
                     raise ValueError(f"{study.name}: {arm!r} was scored on other items of {name!r} than earlier cells")
     return Results(study, lines, len(stale - set(lines)))
+
+
+def _choice(line: dict[str, Any]) -> tuple[Any, Any]:
+    """Which trial chose a cell's setting, and by which scores."""
+    return line["trial"], line["trial_scores"]
 
 
 def _is_current(study: Study, line: dict[str, Any]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dip_hf.evaluation.tables import markdown
-from studies.compare import LEVEL, Comparison, Measure, Row
+from studies.compare import LEVEL, UNANIMOUS, Comparison, Measure, Row
 from studies.spec import Study
 
 
@@ -26,7 +26,8 @@ def summary(comparison: Comparison, study: Study) -> str:
     header = (f"{comparison.size:,} examples", *(_TITLES[measure.what][measure.task_set] for measure in measures))
     text = (
         f"**Summary**: the values of {study.reference}, and differences to it with their 95% intervals; bold where a "
-        f"verdict is given (p < {LEVEL:g} after correction, all seeds agree); *kept*: the pretraining families"
+        f"verdict is given (p < {LEVEL:g} after correction, and all of {UNANIMOUS} seeds or fewer agree); *kept*: the "
+        "pretraining families"
     )
     first = {row.arm: row for row in comparison.rows[measures[0]]}
     lines = [(_label(first[name], first[study.reference]), *by_arm[name]) for name in names]

@@ -7,7 +7,7 @@ from typing import Any
 
 from dip_hf.evaluation.calibration import BINS
 from dip_hf.evaluation.tables import markdown
-from studies.compare import LEVEL, MIN_SEEDS, Comparison, Measure, Row
+from studies.compare import LEVEL, MIN_SEEDS, UNANIMOUS, Comparison, Measure, Row
 from studies.plan import cells
 from studies.results import Results
 from studies.spec import Arm, Study
@@ -64,13 +64,13 @@ def method_section() -> str:
             "would cover 85%, and more where items vary too; with one it covers the choice of items alone. p is "
             "the larger one of the bootstrap's and a paired t-test's over seeds, without which a table of many arms "
             "with five seeds would often show some difference where there is none, and is corrected by Holm over "
-            "the arms of a table, of which those that are pending count with p = 1. A verdict takes "
+            "the arms of a table, of which those that are not finished count with p = 1. A verdict takes "
             f"p < {LEVEL:g} after that, all of the study's seeds, at least {MIN_SEEDS}, so that none is left out "
-            "whose training diverged, and the same sign in each. NLL is that of the reference answer with its end "
-            f"(a palindrome may have several right ones); ECE has {BINS} bins of equal width, and that of a finite "
-            "sample is too high, most for a well calibrated arm, for which the basic interval corrects in part. "
-            "Confidence (that in the model's own answer), its Brier score and AUROC (right against wrong answers) "
-            "have no interval.",
+            f"whose training diverged, and, of {UNANIMOUS} seeds or fewer, the same sign in each. NLL is that of the "
+            f"reference answer with its end (a palindrome may have several right ones); ECE has {BINS} bins of equal "
+            "width, and that of a finite sample is too high, most for a well calibrated arm, for which the basic "
+            "interval corrects in part. Confidence (that in the model's own answer), its Brier score and AUROC (right "
+            "against wrong answers) have no interval.",
             "Robustness, smoothness and reconstruction are teacher-forced and of one noise-free pass, so that they "
             "leave out arms that predict by samples, an ensemble or at a temperature; they have no interval. "
             "Training time is measured with other runs at work beside it, and not always on the same machine, so its "

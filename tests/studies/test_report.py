@@ -1,9 +1,7 @@
 """The report on made-up cells whose differences are known."""
 
 import json
-import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,27 +14,12 @@ from studies.report import main, write_report
 from studies.results import read_results, time_ratio
 from studies.spec import Study
 from studies.statistics import Difference
-from studies.store import Store, write_lines
+from studies.store import Store
+from tests.studies.conftest import ARMS
 from tests.studies.support import finish_cells, finish_trials, small_study, write_study
 
 
 ACCURACY = Measure("standard", "accuracy")
-ARMS: dict[str, Any] = {
-    "base": {"untrained": True},
-    "lora": {"trials": [{"learning_rate": 1e-3}, {"learning_rate": 1e-2}]},
-    "good": {"adapter": "dipnet", "trials": [{"noise_scale": 0.1}, {"noise_scale": 0.3}]},
-    "bad": {"adapter": "dipnet", "trials": [{"noise_scale": 1.0}, {"noise_scale": 3.0}]},
-    "late": {"trials": [{"lora_dropout": 0.1}, {"lora_dropout": 0.2}]},
-}
-
-
-@pytest.fixture
-def finished(tmp_path: Path) -> tuple[Study, Store]:
-    study, store = small_study(tmp_path, arms=ARMS, seeds=[0, 1, 2]), Store(tmp_path / "out")
-    finish_trials(study, store)
-    finish_cells(study, store, {"base": 0.0, "lora": 0.5, "good": 0.8, "bad": 0.2}, seeds=(0, 1, 2))
-    store.write_results(study, finished_cells(study, store))
-    return study, store
 
 
 def _compare(study: Study, store: Store) -> Comparison:
@@ -117,14 +100,16 @@ def test_an_arm_is_compared_in_the_seeds_that_both_have(tmp_path: Path) -> None:
     assert rows["good"].verdict(ACCURACY) == "too few seeds"
 
 
-def test_a_verdict_needs_the_same_sign_in_every_seed() -> None:
-    def row(higher: int, lower: int, p: float) -> Row:
-        return Row("arm", 5, 50.0, 1.0, Difference(1.0, 0.5, 1.5, p, 5, higher, lower), p)
+def test_a_verdict_takes_the_same_sign_in_each_of_a_few_seeds() -> None:
+    def row(higher: int, lower: int, p: float, seeds: int = 5) -> Row:
+        return Row("arm", seeds, 50.0, 1.0, Difference(1.0, 0.5, 1.5, p, seeds, higher, lower), p)
 
     assert row(5, 0, 0.01).verdict(ACCURACY) == "better"
     assert row(5, 0, 0.01).verdict(Measure("standard", "nll")) == "worse"
     for mixed in (row(4, 1, 0.01), row(4, 0, 0.01), row(5, 0, 0.05)):
         assert mixed.verdict(ACCURACY) == "no difference shown"
+    assert row(8, 2, 0.01, seeds=10).verdict(ACCURACY) == "better"
+    assert row(8, 2, 0.05, seeds=10).verdict(ACCURACY) == "no difference shown"
 
 
 def test_an_arm_that_lacks_a_seed_gets_no_verdict(finished: tuple[Study, Store], tmp_path: Path) -> None:
@@ -188,64 +173,6 @@ def test_a_report_says_whose_settings_were_given(tmp_path: Path) -> None:
         assert said in (tmp_path / folder / "docs" / "results.md").read_text()
 
 
-def test_cells_of_an_earlier_declaration_are_left_out(finished: tuple[Study, Store], tmp_path: Path) -> None:
-    _, store = finished
-    arms = {**ARMS, "good": {"adapter": "dipnet", "trials": [{"noise_scale": 0.2}, {"noise_scale": 0.4}]}}
-    changed = small_study(tmp_path, arms=arms, seeds=[0, 1, 2])
-    results = read_results(changed, store.results(changed))
-    assert results.stale == 3 and results.seeds(changed.arm("good"), 8) == []
-    write_report([changed], tmp_path / "docs")
-    assert "3 finished cells of an earlier declaration are left out" in (tmp_path / "docs" / "results.md").read_text()
-
-
-@pytest.mark.parametrize(
-    "trials",
-    [
-        [{"noise_scale": 0.2}, {"noise_scale": 0.3}],
-        [{"noise_scale": 0.3}],
-        [{"noise_scale": 0.3}, {"noise_scale": 0.1}],
-    ],
-    ids=["another", "one", "order"],
-)
-def test_cells_whose_setting_was_chosen_among_others_are_left_out(
-    finished: tuple[Study, Store], tmp_path: Path, trials: list[dict[str, float]]
-) -> None:
-    """The report says what was tried: never what this declaration would have tried."""
-    _, store = finished
-    changed = small_study(tmp_path, arms={**ARMS, "good": {"adapter": "dipnet", "trials": trials}}, seeds=[0, 1, 2])
-    results = read_results(changed, store.results(changed))
-    assert results.stale == 3 and results.seeds(changed.arm("lora"), 8) == [0, 1, 2]
-    more = small_study(tmp_path, arms=ARMS, seeds=[0, 1, 2], selection={"seeds": [0, 1], "examples": 4})
-    assert read_results(more, store.results(more)).stale == 9
-
-
-def test_what_is_here_and_what_came_with_the_repository_are_put_together(
-    finished: tuple[Study, Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A run of a few cells never replaces a copy that has more; nor does a copy hide what was run since."""
-    study, store = finished
-    lines = [json.loads(line) for line in store.results(study).read_text().splitlines()]
-    archive, docs = tmp_path / "archive", tmp_path / "docs"
-    monkeypatch.setattr("studies.results.ARCHIVE", archive)
-    write_lines(archive / "study.jsonl", lines[2:])
-    store.write_results(study, lines[:4])
-    write_report([study], docs)
-    assert [json.loads(line) for line in (docs / "results" / "study.jsonl").read_text().splitlines()] == lines
-    shutil.rmtree(store.folder)  # as in a fresh clone
-    write_report([study], tmp_path / "elsewhere")
-    assert "8 of 13 cells are finished" in (tmp_path / "elsewhere" / "results.md").read_text()
-
-
-def test_cells_scored_on_other_items_are_refused(finished: tuple[Study, Store]) -> None:
-    study, store = finished
-    path = store.results(study)
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    lines[2]["sets"]["standard"]["dip_standard_number_sorting"]["items"] = "f" * 16
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(ValueError, match="'good' was scored on other items"):
-        read_results(study, path)
-
-
 def test_the_training_time_ratio_is_paired_by_seed_and_a_median(tmp_path: Path) -> None:
     study, store = small_study(tmp_path, arms=ARMS, seeds=[0, 1, 2]), Store(tmp_path / "out")
     finish_trials(study, store)
@@ -283,7 +210,18 @@ def test_another_arm_may_be_the_reference(tmp_path: Path) -> None:
 def test_bad_input_stops_the_command(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="--reference: 'neftun' is no trained arm of study; did you mean 'neftune'"):
         main([str(write_study(tmp_path)), "--reference", "neftun", "--docs", str(tmp_path)])
-    with pytest.raises(SystemExit, match="--reference would replace docs"):
-        main([str(write_study(tmp_path)), "--reference", "neftune"])
+    for options in (["--reference", "neftune"], []):
+        with pytest.raises(
+            SystemExit, match=r"docs/results.md is of every study.*would be replaced: name another fol"
+        ):
+            main([str(write_study(tmp_path)), *options])
     with pytest.raises(SystemExit, match=r"studies.report: .*none\.yaml does not exist"):
         main([str(tmp_path / "none.yaml")])
+
+
+def test_a_report_is_made_at_the_repositorys_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere the base is not found, and no cell would be of this base."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=r"model='recipes/base_model' is no folder here: run from"):
+        main(["--docs", str(tmp_path / "docs")])
+    assert not (tmp_path / "docs").exists()
