@@ -73,7 +73,7 @@ def test_what_is_finished_is_kept_when_a_later_checkpoint_fails(
         ),
         (["--num_samples", "-1"], "num_samples=-1 must be 0"),
         (["--num_samples", "4"], "num_samples=4 needs a checkpoint with a DIPNet adapter or `,dropout`, got base"),
-        (["--checkpoints", "base,temperature"], "base: a temperature changes calibration alone"),
+        (["--checkpoints", "base,temperature"], "base: a temperature is there for calibration"),
         (["--in_distribution", "dip_reasoning_unseen"], "is used by calibration only"),
         (["--calibration", "true", "--in_distribution", "x"], "in_distribution='x' is none of the task sets dip_un"),
         (["--checkpoints", "lora=nowhere"], "checkpoints: lora='nowhere' does not exist"),
