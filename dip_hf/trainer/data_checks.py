@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, IterableDataset
 from pyarrow.compute import list_value_length
+from pyarrow.types import is_large_list, is_list
 from torch import Tensor
 from transformers import Trainer
 from trl import SFTConfig
@@ -16,6 +17,8 @@ from trl import SFTConfig
 
 _TEXTS = ("prompt", "completion", "messages", "input_ids", "labels", "completion_mask", "assistant_masks")
 """Columns that TRL reads, but for that of plain texts, whose name is an option."""
+_CONVERSATIONS = ("prompt", "completion", "messages")
+"""Those that may hold messages."""
 
 
 def by_name(eval_dataset: object) -> dict[str, object]:
@@ -84,7 +87,7 @@ def check_dataset(name: str, dataset: object, args: SFTConfig) -> None:
 def _check_values(name: str, dataset: Dataset, text_field: str) -> None:
     """
     Raises:
-        ValueError: a row has no value in a column that TRL reads.
+        ValueError: a row has no value in a column that TRL reads, or a conversation no message.
     """
     for column in [column for column in (text_field, *_TEXTS) if column in dataset.column_names]:
         first = 0
@@ -92,6 +95,10 @@ def _check_values(name: str, dataset: Dataset, text_field: str) -> None:
             missing = np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))
             if len(missing):
                 raise ValueError(f"{name} row {first + missing[0]}: {column!r} is null; drop the row or fill it in.")
+            if column in _CONVERSATIONS and (is_list(values.type) or is_large_list(values.type)):
+                empty = np.flatnonzero(list_value_length(values).to_numpy(zero_copy_only=False) == 0)
+                if len(empty):
+                    raise ValueError(f"{name} row {first + empty[0]}: {column!r} has no message; drop the row.")
             first += len(values)
 
 

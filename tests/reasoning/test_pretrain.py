@@ -17,6 +17,7 @@ import yaml
 from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers.trainer_callback import TrainerState
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 
@@ -208,6 +209,7 @@ def test_the_checkpoint_asked_for_is_gone_on_from(
     folders = [tmp_path / f"checkpoint-{step}" for step in (2, 4)]
     for folder in folders:
         folder.mkdir()
+        TrainerState().save_to_json(str(folder / "trainer_state.json"))
     monkeypatch.setattr(SFTTrainer, "train", train)
     for options, expected in (([], str(folders[1])), ([str(folders[0])], str(folders[0])), (["false"], None)):
         with pytest.raises(Stop) as stop:

@@ -133,33 +133,27 @@ def test_idle_rows_are_those_of_a_plain_loop(rows: list[list[int]]) -> None:
     assert _idle_rows(np.array([len(row) for row in rows]), labels).tolist() == expected
 
 
-QUESTION = [{"role": "user", "content": "ab"}]
-ANSWERED = {"prompt": QUESTION, "completion": [{"role": "assistant", "content": "c"}]}
-
-
-@pytest.mark.parametrize(
-    ("good", "idle", "options"),
-    [
-        (ANSWERED, {"prompt": QUESTION, "completion": []}, {}),
-        (
-            GOOD,
-            {"input_ids": [3, 4, 5, 6], "labels": [-100, 4, -100, -100]},
-            {"max_length": 3, "truncation_mode": "keep_end"},
-        ),
-    ],
-    ids=["no completion", "cut to a first label"],
-)
-def test_rows_that_train_nothing_as_prepared(
-    good: dict[str, Any], idle: dict[str, Any], options: dict[str, Any], tmp_path: Path
-) -> None:
-    """TRL's filter counts a label on the first token, and is not applied without max_length."""
-    rows, fine = Dataset.from_list([good, idle]), Dataset.from_list([good])
-    message = r"row 1, as prepared with max_length=.*the row trains nothing; drop it, or give"
+def test_rows_that_train_nothing_as_prepared(tmp_path: Path) -> None:
+    """TRL's filter counts a label on the first token."""
+    idle = {"input_ids": [3, 4, 5, 6], "labels": [-100, 4, -100, -100]}
+    options = {"max_length": 3, "truncation_mode": "keep_end"}
+    rows, fine = Dataset.from_list([GOOD, idle]), Dataset.from_list([GOOD])
+    message = r"row 1, as prepared with max_length=3: .*the row trains nothing; drop it, or give"
     with pytest.raises(ValueError, match=f"train_dataset {message}"):
         make_trainer(tmp_path, None, options, data=rows)
     with pytest.raises(ValueError, match=f"eval_dataset {message}"):
         make_trainer(tmp_path, None, options, data=fine, eval_dataset=rows)
     make_trainer(tmp_path, None, options, data=fine, eval_dataset=fine)
+
+
+@pytest.mark.parametrize("column", ["prompt", "completion", "messages"])
+def test_conversations_without_a_message(column: str, tmp_path: Path) -> None:
+    """TRL may take such a row for one of texts, or fall over it."""
+    messages = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}]
+    row = {"messages": messages} if column == "messages" else {"prompt": messages[:1], "completion": messages[1:]}
+    make_trainer(tmp_path, None, data=Dataset.from_list([row]))
+    with pytest.raises(ValueError, match=rf"train_dataset row 1: '{column}' has no message; drop the row"):
+        make_trainer(tmp_path, None, data=Dataset.from_list([row, {**row, column: []}]))
 
 
 def test_labels_cut_off_rows_of_evaluation(tmp_path: Path) -> None:
