@@ -150,11 +150,11 @@ def _train(config: dict[str, Any], folder: Path) -> dict[str, Any]:
 def load_model(study: Study, folder: Path | None) -> PreTrainedModel | PeftModel:
     """The base in fp32, or with what `folder` holds; noise-free, in evaluation mode, on the device of evaluation."""
     device = resolve_device(study.evaluation.device)
-    adapter = folder is not None and (folder / CONFIG_NAME).is_file()
-    whole = study.model if folder is None or adapter else folder
+    adapter = folder if folder is not None and (folder / CONFIG_NAME).is_file() else None
+    whole = study.model if folder is None or adapter is not None else folder
     model = AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32).to(device)
-    if folder is not None and adapter:
-        model = load_adapter(model, folder)
+    if adapter is not None:
+        model = load_adapter(model, adapter)
     return model.eval()
 
 

@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
                 raise ValueError(
                     f"{study.name}: model={study.model!r} is no folder here: run from the repository's root"
                 )
-        if (arguments.studies or arguments.reference) and arguments.docs.resolve() == ROOT / "docs":
+        if (arguments.studies or arguments.reference) and arguments.docs.resolve() == (ROOT / "docs").resolve():
             raise ValueError(
                 "docs/results.md is of every study, by its own reference, and would be replaced: name another folder "
                 "by --docs"

@@ -97,18 +97,16 @@ def read_results(study: Study, *paths: Path) -> Results:
         ValueError: two cells were not scored on the same items.
     """
     lines: dict[tuple[str, int | None, int | None], dict[str, Any]] = {}
+    chosen: dict[tuple[str, int | None], tuple[Any, Any]] = {}
     stale = set()
     for line in (line for path in paths for line in read_lines(path)):
         place = (line["arm"], line["size"], line["seed"])
         if _is_current(study, line):
             lines[place] = line
+            # Trials that scored otherwise elsewhere may have chosen another setting: that of the later file counts
+            chosen[place[:2]] = _choice(line)
         else:
             stale.add(place)
-    # Trials that scored otherwise elsewhere may have chosen another setting: an arm has that of the file that counts
-    chosen = {(arm, size): _choice(line) for (arm, size, _), line in lines.items()}
-    for path in paths:
-        current = [line for line in read_lines(path) if _is_current(study, line)]
-        chosen |= {(line["arm"], line["size"]): _choice(line) for line in current}
     mixed = {place for place, line in lines.items() if _choice(line) != chosen[place[:2]]}
     stale |= mixed
     lines = {place: line for place, line in lines.items() if place not in mixed}

@@ -22,6 +22,8 @@ from dip_hf.peft_compat import BaseTunerLayer, LoraLayer, check_adapters_to_merg
 
 LOG_VARIANCE = "lora_dip_log_variance"
 """Name of the ModuleDict of a noise site."""
+SITE_NAME = "dip_noise"
+"""Name of the child module that a noised block gets."""
 
 
 class LogVariance(nn.Module):
@@ -95,15 +97,21 @@ class NoiseSite(nn.Module, BaseTunerLayer):
     def bias(self) -> Tensor:
         raise AttributeError("a noise site wraps no layer, so it has no bias")
 
-    def attach(self, block: nn.Module, child_name: str) -> None:
+    def attach(self, block: nn.Module) -> None:
         """Become a child of `block`, and act on its input from now on."""
-        block.add_module(child_name, self)
+        block.add_module(SITE_NAME, self)
         self.hook = block.register_forward_pre_hook(self.pre_hook, with_kwargs=True)
 
-    def detach(self, block: nn.Module, child_name: str) -> None:
+    def detach(self, block: nn.Module) -> None:
         """Undo `attach`."""
         self.hook.remove()
-        delattr(block, child_name)
+        delattr(block, SITE_NAME)
+
+    def keep_outside(self, block: nn.Module) -> None:
+        """Move from a block that a later adapter's LoRA has wrapped to `block`, its wrapper: LoRA sees the noise."""
+        if SITE_NAME not in block._modules:
+            self.detach(next(module for module in block.modules() if module._modules.get(SITE_NAME) is self))
+            self.attach(block)
 
     def update_layer(self, adapter_name: str, scale: float, learn: bool, noise_in_eval: bool, seed: int) -> None:
         """Add an adapter's noise; arguments as in `DIPNetConfig`."""

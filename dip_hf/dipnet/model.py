@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dip_hf.blocks import find_visible_blocks, input_size, select_blocks
 from dip_hf.dipnet.config import DIPNetConfig
-from dip_hf.dipnet.layer import NoiseSite, random_layers
+from dip_hf.dipnet.layer import SITE_NAME, NoiseSite, random_layers
 from dip_hf.dipnet.saving import SavedLoraModel
 from dip_hf.dipnet.trajectories import check_model, fold_trajectories
 from dip_hf.ibvi.layer import Covariance, active_covariances, forget_posterior, make_point
@@ -18,10 +18,6 @@ from dip_hf.ibvi.placement import add_posteriors, check_targets
 from dip_hf.noise import NoiseKey
 from dip_hf.noise_state import NoiseState, Sampling, given_mask
 from dip_hf.peft_compat import BaseTunerLayer, LoraLayer, convert_targets
-
-
-SITE_NAME = "dip_noise"
-"""Name of the child module that a noised block gets."""
 
 
 class DIPNetModel(SavedLoraModel):
@@ -69,7 +65,7 @@ class DIPNetModel(SavedLoraModel):
             state_dict=state_dict,
         )
         for name, site in earlier.items():
-            self._keep_outside(model, name, site)
+            site.keep_outside(model.get_submodule(name.rpartition(".")[0]))
         # After PEFT's own injection, which takes a model that already holds tuner layers for a second adapter's.
         self.noise_state = self._shared_state(model)
         # EVA fills LoRA's weights alone that were made without memory, and no file the log-variances
@@ -110,14 +106,6 @@ class DIPNetModel(SavedLoraModel):
             )
         return chosen
 
-    @staticmethod
-    def _keep_outside(model: nn.Module, name: str, site: NoiseSite) -> None:
-        """Move a site from a block that a later adapter's LoRA has wrapped to the wrapper: LoRA sees the noise too."""
-        block = model.get_submodule(name.rpartition(".")[0])
-        if SITE_NAME not in block._modules:
-            site.detach(next(m for m in block.modules() if m._modules.get(SITE_NAME) is site), SITE_NAME)
-            site.attach(block, SITE_NAME)
-
     def _add_site(
         self, model: nn.Module, adapter_name: str, config: DIPNetConfig, layer: int, without_memory: bool
     ) -> None:
@@ -127,7 +115,7 @@ class DIPNetModel(SavedLoraModel):
         site = getattr(block, SITE_NAME, None)  # not from _modules: a compiled block passes the question on
         if not isinstance(site, NoiseSite):
             site = NoiseSite(layer, input_size(model, block, name), self.noise_state)
-            site.attach(block, SITE_NAME)
+            site.attach(block)
             # A LoRA layer is born in training mode, whatever the mode of what it wraps.
             site.train((block.get_base_layer() if isinstance(block, BaseTunerLayer) else block).training)
         site.update_layer(
@@ -297,5 +285,5 @@ class DIPNetModel(SavedLoraModel):
         for block in list(model.modules()):
             site = block._modules.get(SITE_NAME)
             if isinstance(site, NoiseSite):
-                site.detach(block, SITE_NAME)
+                site.detach(block)
         return model

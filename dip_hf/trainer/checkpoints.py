@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from transformers.trainer_callback import TrainerState
@@ -17,7 +16,7 @@ def is_whole(checkpoint: str | Path) -> bool:
     """Whether a checkpoint was written to its end, and not cut short by a kill."""
     try:
         TrainerState.load_from_json(str(Path(checkpoint, STATE_NAME)))
-    except (OSError, json.JSONDecodeError, TypeError):  # missing, cut, or of another kind
+    except (OSError, ValueError, TypeError):  # missing, cut, or of another kind
         return False
     return True
 
