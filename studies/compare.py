@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any
@@ -133,9 +134,7 @@ def compare(results: Results, size: int) -> Comparison:
     sets = [name for name in TASK_SETS if name in study.evaluation.items]
     measures = [Measure(name, "accuracy") for name in sets]
     measures += [Measure(name, what) for name in sets if name in CALIBRATED for what in ("nll", "ece")]
-    # One set of resamples per task set and seeds, for all arms and measures
-    resamplers: dict[tuple[str, tuple[int, ...]], Resampler] = {}
-    rows = {measure: _rows(results, size, measure, resamplers) for measure in measures}
+    rows = measure_rows(results, size, measures)
     return Comparison(
         size=size,
         rows=rows,
@@ -153,6 +152,13 @@ def compare(results: Results, size: int) -> Comparison:
             if name in CALIBRATED
         },
     )
+
+
+def measure_rows(results: Results, size: int, measures: Sequence[Measure]) -> dict[Measure, list[Row]]:
+    """Per measure all arms, in the study's order, and their differences to its reference."""
+    # One set of resamples per task set and seeds, for all arms and measures
+    resamplers: dict[tuple[str, tuple[int, ...]], Resampler] = {}
+    return {measure: _rows(results, size, measure, resamplers) for measure in measures}
 
 
 def _rows(

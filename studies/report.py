@@ -19,6 +19,7 @@ from pathlib import Path
 
 from studies.compare import compare
 from studies.load import close_to, load_study
+from studies.overview import overview_section
 from studies.picture import draw
 from studies.results import read_results, result_files
 from studies.spec import Study
@@ -36,9 +37,11 @@ def write_report(studies: Sequence[Study], docs: Path) -> list[Path]:
         ValueError: cells that were not scored on the same items.
     """
     archive = docs / "results"
-    parts, paths = ["# Results of the studies", method_section()], [docs / "results.md"]
-    for study in studies:
-        results = read_results(study, *result_files(study, archive))
+    paths = [docs / "results.md"]
+    finished = [read_results(study, *result_files(study, archive)) for study in studies]
+    parts = ["# Results of the studies", method_section(), overview_section(finished)]
+    for results in finished:
+        study = results.study
         sizes = [size for size in study.sizes if any(place[1] == size for place in results.lines)]
         comparisons = [compare(results, size) for size in sizes]
         pictures = {}
@@ -55,7 +58,7 @@ def write_report(studies: Sequence[Study], docs: Path) -> list[Path]:
             write_lines(copy, results.in_order())
             paths.append(copy)
         parts.append(study_section(results, comparisons, pictures))
-    write_text(paths[0], "\n\n".join(parts) + "\n")
+    write_text(paths[0], "\n\n".join(part for part in parts if part) + "\n")
     return paths
 
 

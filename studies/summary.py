@@ -21,7 +21,7 @@ def summary(comparison: Comparison, study: Study) -> str:
     for measure in measures:
         for row in comparison.rows[measure]:
             if row.arm in by_arm:
-                by_arm[row.arm].append(_cell(row, measure, study.reference))
+                by_arm[row.arm].append(cell(row, measure, study.reference))
     names = sorted(by_arm, key=lambda name: name != study.reference)  # the others stay in the study's order
     header = (f"{comparison.size:,} examples", *(_TITLES[measure.what][measure.task_set] for measure in measures))
     text = (
@@ -40,7 +40,8 @@ def _label(row: Row, reference: Row) -> str:
     return row.arm if own is None or own.seeds == reference.seeds else f"{row.arm} ({own.seeds} seeds)"
 
 
-def _cell(row: Row, measure: Measure, reference: str) -> str:
+def cell(row: Row, measure: Measure, reference: str) -> str:
+    """The reference's value, or an arm's difference to it with its interval; empty while pending."""
     digits = 2 if measure.what == "nll" else 1
     if row.arm == reference or row.difference is None:
         return "" if row.mean is None else f"{row.mean:.{digits}f}"
