@@ -1,6 +1,5 @@
-"""The summary of a report, and README's copy of it."""
+"""The summary of a report."""
 
-import re
 from pathlib import Path
 
 from studies.compare import compare
@@ -11,7 +10,6 @@ from studies.summary import summary
 from tests.studies.support import finish_cells, finish_trials, small_study
 
 
-ROOT = Path(__file__).parents[2]
 ARMS = {
     "base": {"untrained": True},
     "good": {"trials": [{"lora_dropout": 0.1}, {"lora_dropout": 0.2}]},
@@ -36,18 +34,3 @@ def test_values_of_the_reference_and_differences_to_it(tmp_path: Path) -> None:
     assert rows["good"]["accuracy %"].startswith("**+30.0 [") and rows["good"]["NLL"].startswith("**-0.45 [")
     assert set(rows["alike"].values()) == {"0"}
     assert rows["base"]["harder settings"].startswith("**-50.8 [")
-
-
-def test_readme_has_its_tables_from_the_report() -> None:
-    report = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    pattern = re.compile(r"^\| [\d,]+ examples \|.*\n(?:\|.*\n)+", re.MULTILINE)
-    whole = [table.splitlines() for table in pattern.findall(report)]
-    tables = [table.splitlines() for table in pattern.findall(readme)]
-    assert len(tables) >= 3
-    for head, rule, reference, *rows in tables:  # of the long ones README has a selection of rows, in their order
-        assert len(rows) >= 3
-        assert any(
-            table[:3] == [head, rule, reference] and rows == [row for row in table[3:] if row in rows]
-            for table in whole
-        ), head
