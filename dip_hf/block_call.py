@@ -55,6 +55,14 @@ class BlockCall(NamedTuple):
         return names + [""] * (len(self.args) - 1 - len(names))
 
 
+def cached_length(cache: Cache) -> int:
+    """How many positions' keys and values a cache holds; 0 where it keeps states of recurrent layers alone."""
+    try:
+        return cache.get_seq_length()
+    except ValueError:
+        return 0
+
+
 def uncached(name: str, value: Any) -> Any:
     """A block's argument for a second pass, which must not fill a cache again, whatever its name and place."""
     if name == "use_cache":

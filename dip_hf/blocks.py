@@ -17,8 +17,9 @@ def _depth(model: nn.Module) -> int | None:
     """How many decoder blocks the model has by its config; None where it is no transformers model."""
     if not hasattr(model, "config") or not hasattr(model.config, "get_text_config"):
         return None
-    config: Any = model.config
-    return config.get_text_config(decoder=True).num_hidden_layers
+    config: Any = model.config.get_text_config(decoder=True)
+    # T5 and its kin call the encoder's depth `num_hidden_layers`
+    return config.num_decoder_layers if hasattr(config, "num_decoder_layers") else config.num_hidden_layers
 
 
 def find_decoder_blocks(
@@ -27,7 +28,7 @@ def find_decoder_blocks(
     """Names of the model's decoder blocks, in order of depth.
 
     They are the entries of the one `nn.ModuleList` all of whose entries are `GradientCheckpointingLayer`s and whose
-    length is the text config's `num_hidden_layers` (this project's choice: it finds the blocks of 159 of the 168
+    length is the config's number of decoder layers (this project's choice: it finds the blocks of 159 of the 168
     causal-LM classes of transformers 5.23). Of several, as where a vision tower is as deep, the one under
     `get_decoder()` counts.
 

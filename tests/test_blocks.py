@@ -14,6 +14,8 @@ from transformers import (
     BartForConditionalGeneration,
     InternVLConfig,
     InternVLForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from dip_hf.blocks import find_decoder_blocks, select_blocks
@@ -45,6 +47,13 @@ def test_a_model_whose_blocks_are_not_as_many_as_its_config_says() -> None:
     model.config.num_hidden_layers = 5
     with pytest.raises(ValueError, match=r"block_names=None: found 0 lists of 5 decoder blocks .*block_names=\["):
         find_decoder_blocks(model)
+
+
+def test_a_decoder_that_is_shallower_than_its_encoder() -> None:
+    """T5's config calls the encoder's depth `num_hidden_layers`."""
+    sizes = {"vocab_size": 50, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4}
+    model = T5ForConditionalGeneration(T5Config(num_layers=3, num_decoder_layers=1, **sizes))
+    assert find_decoder_blocks(model) == ["decoder.block.0"]
 
 
 def test_a_vision_tower_of_the_same_depth() -> None:

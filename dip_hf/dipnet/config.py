@@ -116,6 +116,8 @@ class DIPNetConfig(LoraConfig):
             raise ValueError(
                 f"noise_scale={self.noise_scale} must be positive and finite; for no noise use peft.LoraConfig."
             )
+        if self.block_names == []:
+            raise ValueError("block_names=[] names no block; name all decoder blocks, or leave it unset.")
         twice = [name for name in self.block_names or () if (self.block_names or []).count(name) > 1]
         if twice:
             raise ValueError(

@@ -207,13 +207,18 @@ class DIPNetModel(SavedLoraModel):
             (d,), with its gradient; that RMS, shape (1,)). It stays empty without noise.
 
         Raises:
-            ValueError: `trajectories` < 1, or more than one in a model that counts its rows before the blocks; or the
-                active adapter has neither noise nor a posterior.
+            ValueError: `trajectories` is no whole number from 1 on, or more than 1 in a model that counts its rows
+                before the blocks or with aLoRA; or the active adapter has neither noise nor a posterior.
         """
-        if trajectories < 1:
-            raise ValueError(f"trajectories={trajectories} must be at least 1.")
-        if trajectories > 1 and hasattr(self.model, "config"):
-            check_model(self.model.config, trajectories)
+        if isinstance(trajectories, bool) or not isinstance(trajectories, int) or trajectories < 1:
+            raise ValueError(f"trajectories={trajectories!r} must be a whole number, at least 1.")
+        if trajectories > 1:
+            check_model(self.model, trajectories)
+            if any(self.peft_config[name].alora_invocation_tokens is not None for name in self.active_adapters):
+                raise ValueError(
+                    f"trajectories={trajectories} with alora_invocation_tokens: aLoRA knows where a row's invocation "
+                    "is for the rows of the batch, not for their copies; sample one trajectory at a time."
+                )
         sampling = Sampling(key.tensor(), (posterior_key or key).tensor(), trajectories, averaged, everywhere)
         with self.noise_state.passes_under(sampling):
             layers = random_layers(self.model)

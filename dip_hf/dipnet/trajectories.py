@@ -42,15 +42,26 @@ def _fold_named(name: str, value: Any, batch: int, trajectories: int) -> Any:
     return _fold_argument(value, batch, trajectories)
 
 
-def check_model(config: Any, trajectories: int) -> None:
+def check_model(model: nn.Module, trajectories: int) -> None:
     """
     Args:
-        config: of the model.
+        model: whose blocks are to be folded.
         trajectories: m > 1.
 
     Raises:
-        ValueError: the model counts its rows in front of the blocks, and not after them.
+        ValueError: the model counts its rows in front of the blocks, and not after them, or may leave blocks out.
     """
+    config = getattr(model, "config", None)
+    if type(model).__name__.endswith("ForSequenceClassification"):
+        raise ValueError(
+            f"trajectories={trajectories}: {type(model).__name__} picks a last token for each row that it was given, "
+            "and so the first trajectory's alone; sample one trajectory at a time, under keys of their own."
+        )
+    if model.training and getattr(config, "layerdrop", 0) > 0:
+        raise ValueError(
+            f"trajectories={trajectories} with layerdrop={config.layerdrop}: the block that repeats the batch may be "
+            "left out; set the model's layerdrop to 0.0, or train one trajectory."
+        )
     if getattr(config, "output_router_logits", False):
         raise ValueError(
             f"output_router_logits=True with trajectories={trajectories}: the experts' balance loss counts the "

@@ -40,7 +40,7 @@ def find_mlp(name: str, block: nn.Module) -> tuple[str, nn.Module]:
             f"dres_placement='token': {name!r} ({kind}) keeps its MLP in no submodule of its own (looked for "
             f"{', '.join(_MLP_NAMES)}); {remedy}."
         )
-    if any(submodule.rpartition(".")[2] == "experts" for submodule, _ in mlp.named_modules()):
+    if any(submodule.rpartition(".")[2] in ("experts", "router") for submodule, _ in mlp.named_modules()):
         raise ValueError(
             f"dres_placement='token': the MLP of {name!r} ({kind}) is a mixture of experts, which jumps where its "
             f"router changes its mind, so that the error would measure routing; {remedy}."

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache
 
-from dip_hf.block_call import BY_HEAD, BlockCall, uncached
+from dip_hf.block_call import BY_HEAD, BlockCall, cached_length, uncached
 from dip_hf.dres.coded_pass import CodedPass, rerun
 from dip_hf.dres.functional import encode
 from dip_hf.second_pass import Surroundings, block_output, is_handed_on
@@ -147,7 +147,7 @@ class SequencePass(CodedPass):
         Raises:
             ValueError: the argument cannot be coded.
         """
-        if isinstance(value, Cache) and value.get_seq_length() > self.calls[0].hidden_states.shape[1]:
+        if isinstance(value, Cache) and cached_length(value) > self.calls[0].hidden_states.shape[1]:
             raise ValueError(
                 "dres_placement='sequence' does not work with keys and values from elsewhere (prefix tuning); use "
                 "dres_placement='token'."

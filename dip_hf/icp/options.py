@@ -19,7 +19,7 @@ class ICPOptions:
         update: "normalised", "sign" or "adam", see `dip_hf.icp.functional.perturbation_step`.
         direction: "descent" is ICP: the input moves to where the loss is lower. "ascent" (to where it is higher) and
             "random" (a random direction, every token as far as under descent) are its controls.
-        positions: perturb "all" tokens, or those of the "prompt".
+        positions: perturb "all" tokens, or those of the "prompt"; above the embeddings never a document's first.
         layers: number of decoder blocks whose outputs are compared, evenly spaced up to the last one; all of them
             where there are no more.
         start_block: 0 perturbs the input embeddings; s > 0 perturbs the input of block s, and only the blocks from

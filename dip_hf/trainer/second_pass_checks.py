@@ -49,6 +49,11 @@ def check_second_pass(trainer: SFTTrainer) -> None:
                 "dres_weight and icp_weight do not work with alora_invocation_tokens: PEFT says where a row's "
                 "invocation is in the model's own pass alone; leave it unset, or set both weights to 0."
             )
+    if trainer.args.icp_weight > 0 and trainer.args.icp_steps > 1 and trainer.aux_loss_enabled:
+        raise ValueError(
+            f"icp_steps={trainer.args.icp_steps} does not work with a router loss, which is scaled otherwise in the "
+            "further steps' passes; set router_aux_loss_coef=0.0 or icp_steps=1."
+        )
     multiple = trainer.args.pad_to_multiple_of
     if trainer.args.dres_weight > 0 and trainer.padding_free and multiple is not None:
         raise ValueError(

@@ -51,6 +51,7 @@ def test_values(field: str, value: Any, message: str) -> None:
         ({"noise_blocks": [4]}, r"noise_blocks=\[4\]: the model has 4 blocks.*each from -4 to 3"),
         ({"noise_blocks": []}, r"noise_blocks=\[\] and variational_rank=0 leave nothing"),
         ({"noise_blocks": "blocks"}, "noise_blocks='blocks' matches no block; the blocks are 'model.layers.0'"),
+        ({"block_names": []}, r"block_names=\[\] names no block; name all decoder blocks, or leave it unset"),
         ({"block_names": ["model.layers.0", "layers.9"]}, r"block_names: \['layers.9'\] are no modules of Llama"),
     ],
     ids=str,

@@ -202,6 +202,41 @@ def test_an_output_with_the_inputs_rows_is_refused() -> None:
         pass
 
 
+def test_a_head_that_picks_a_token_for_each_given_row_is_refused() -> None:
+    """It would give the first trajectory's rows for the first of all."""
+    config = FAMILIES["llama"]()
+    config.num_labels = 3
+    model = adapt(tf.LlamaForSequenceClassification(config), task_type="SEQ_CLS", noise_blocks=2)
+    with model.base_model.sampling(KEY):
+        assert model(**batch()).logits.shape == (3, 3)
+    message = r"trajectories=2: LlamaForSequenceClassification picks .*one trajectory at a time"
+    with pytest.raises(ValueError, match=message), model.base_model.sampling(KEY, 2):
+        pass
+
+
+def test_blocks_that_training_leaves_out_are_refused() -> None:
+    base = build("opt")
+    base.config.layerdrop = 0.5
+    model = adapt(base, noise_blocks=2)
+    with model.base_model.sampling(KEY, 2):
+        assert model.eval()(**batch()).logits.shape[0] == 6
+    model.train()
+    with (
+        pytest.raises(ValueError, match=r"trajectories=2 with layerdrop=0.5: .*layerdrop to 0.0"),
+        model.base_model.sampling(KEY, 2),
+    ):
+        pass
+
+
+def test_invocation_tokens_are_refused() -> None:
+    model = adapt(build(), noise_blocks=2, alora_invocation_tokens=[7])
+    with (
+        pytest.raises(ValueError, match=r"trajectories=2 with alora_invocation_tokens.*one trajectory at a time"),
+        model.base_model.sampling(KEY, 2),
+    ):
+        pass
+
+
 def test_one_trajectory_is_the_first_of_several() -> None:
     model, inputs = adapt(build()), batch()
     with model.base_model.sampling(KEY):
@@ -233,10 +268,10 @@ def test_contexts_nest() -> None:
         assert torch.equal(model(**inputs).logits, before)
 
 
-@pytest.mark.parametrize("trajectories", [0, -1])
-def test_fewer_than_one_trajectory(trajectories: int) -> None:
+@pytest.mark.parametrize("trajectories", [0, -1, 2.0, True])
+def test_a_number_of_trajectories_that_is_none(trajectories: Any) -> None:
     with (
-        pytest.raises(ValueError, match=rf"trajectories={trajectories} must be at least 1"),
+        pytest.raises(ValueError, match=rf"trajectories={trajectories} must be a whole number, at least 1"),
         adapt(build()).base_model.sampling(KEY, trajectories),
     ):
         pass

@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 import torch
 from peft import PromptTuningConfig, get_peft_model
-from transformers import MptConfig, MptForCausalLM
+from transformers import (
+    JetMoeConfig,
+    JetMoeForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MptConfig,
+    MptForCausalLM,
+)
 
 from dip_hf.dres import DReSBranch, coded_pass
 from dip_hf.dres.functional import decode, encode, group_permutation, reconstruction_error
@@ -201,6 +208,25 @@ def test_refused_options(options: dict[str, Any], message: str) -> None:
 def test_refused_mlps(family: str, message: str) -> None:
     with pytest.raises(ValueError, match=rf"{message}.*use dres_placement='sequence'"):
         branch_of(model_of(family), "token")
+
+
+def test_rows_with_a_cache_of_states_alone() -> None:
+    model = MambaForCausalLM(MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=3, state_size=4)).eval()
+    branch, batch = branch_of(model, "sequence"), {"input_ids": batch_of(4)["input_ids"]}
+    errors = []
+    for use_cache in (True, False):
+        with branch.attached(KEY) as record:
+            model(**batch, use_cache=use_cache)
+        errors.append(record.error.item())
+    assert errors[0] == errors[1] > 0
+
+
+def test_experts_of_another_name_are_refused() -> None:
+    config = JetMoeConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=3, num_key_value_heads=2, kv_channels=8, intermediate_size=48
+    )
+    with pytest.raises(ValueError, match=r"mixture of experts.*use dres_placement='sequence'"):
+        branch_of(JetMoeForCausalLM(config), "token")
 
 
 def test_an_mlp_that_returns_more_than_its_output() -> None:

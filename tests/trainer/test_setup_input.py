@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -40,6 +41,14 @@ def test_router_loss(tmp_path: Path) -> None:
         make_trainer(tmp_path, adapter, {"num_trajectories": 2}, router_model())
     make_trainer(tmp_path, adapter, {"num_trajectories": 2, "router_aux_loss_coef": 0.0}, router_model()).train()
     make_trainer(tmp_path, adapter, {}, router_model()).train()
+
+
+def test_router_loss_in_the_steps_of_icp(tmp_path: Path) -> None:
+    adapter, steps = LoraConfig(r=2, target_modules=["q_proj"]), {"icp_weight": 0.5, "icp_steps": 2}
+    with pytest.raises(ValueError, match=r"icp_steps=2 does not work with a router loss.*router_aux_loss_coef=0.0"):
+        make_trainer(tmp_path, adapter, steps, router_model())
+    make_trainer(tmp_path, adapter, {**steps, "router_aux_loss_coef": 0.0}, router_model())
+    make_trainer(tmp_path, adapter, {**steps, "icp_steps": 1}, router_model())
 
 
 def test_fsdp_activation_checkpointing(tmp_path: Path) -> None:
