@@ -17,7 +17,8 @@ def _depth(model: nn.Module) -> int | None:
     """How many decoder blocks the model has by its config; None where it is no transformers model."""
     if not hasattr(model, "config") or not hasattr(model.config, "get_text_config"):
         return None
-    config: Any = model.config.get_text_config(decoder=True)
+    config: Any = model.config
+    config = config.get_text_config(decoder=True)
     # T5 and its kin call the encoder's depth `num_hidden_layers`
     return config.num_decoder_layers if hasattr(config, "num_decoder_layers") else config.num_hidden_layers
 

@@ -57,9 +57,9 @@ def check_model(model: nn.Module, trajectories: int) -> None:
             f"trajectories={trajectories}: {type(model).__name__} picks a last token for each row that it was given, "
             "and so the first trajectory's alone; sample one trajectory at a time, under keys of their own."
         )
-    if model.training and getattr(config, "layerdrop", 0) > 0:
+    if model.training and (layerdrop := getattr(config, "layerdrop", 0)) > 0:
         raise ValueError(
-            f"trajectories={trajectories} with layerdrop={config.layerdrop}: the block that repeats the batch may be "
+            f"trajectories={trajectories} with layerdrop={layerdrop}: the block that repeats the batch may be "
             "left out; set the model's layerdrop to 0.0, or train one trajectory."
         )
     if getattr(config, "output_router_logits", False):
