@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -150,6 +151,14 @@ class Workers:
         return _Worker(process, ours)
 
 
+def _end_with_parent() -> None:
+    """End this process with the run that began it: where that is killed, the job would go on beside the next run's."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
 def _work(study: Study, do: Do, connection: Connection, log: Path, threads: int) -> None:
     """Body of a worker process: jobs in, (result, error) out, until the other end closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
@@ -157,6 +166,7 @@ def _work(study: Study, do: Do, connection: Connection, log: Path, threads: int)
     os.dup2(file, sys.stdout.fileno())
     os.dup2(file, sys.stderr.fileno())
     torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     store = Store(study.output_dir)
     while True:
         try:

@@ -1,14 +1,19 @@
-"""What a worker process begins with, and what becomes of one that dies."""
+"""What a worker process begins with, and when it ends."""
 
 import os
 import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from studies.plan import Job
+from studies.store import locked
 from studies.workers import Workers
-from tests.studies.support import small_study
+from tests.studies.support import small_study, write_study
 from tests.studies.workload import environment
 
 
@@ -38,3 +43,34 @@ def test_a_worker_that_dies_without_a_job_is_replaced(tmp_path: Path) -> None:
             (worker,) = workers._workers
             os.kill(worker.process.pid or 0, signal.SIGKILL)
             worker.process.join()
+
+
+def test_a_worker_ends_with_the_run_that_was_killed(tmp_path: Path) -> None:
+    """Or it would train on beside the next run's workers."""
+    study = write_study(tmp_path)
+    out = tmp_path / "out"
+    out.mkdir()
+    command = [sys.executable, "-m", "tests.studies.workload", str(study), str(tmp_path / "logs")]
+    run = subprocess.Popen(command, cwd=Path(__file__).parents[2])
+    _until((out / "began").exists)
+    with pytest.raises(BlockingIOError), locked(out / "held", wait=False):
+        pass
+    run.kill()
+    run.wait()
+
+    def free() -> bool:
+        try:
+            with locked(out / "held", wait=False):
+                return True
+        except BlockingIOError:
+            return False
+
+    _until(free)
+
+
+def _until(true: Callable[[], bool]) -> None:
+    for _ in range(3000):
+        if true():
+            return
+        time.sleep(0.1)
+    raise AssertionError("five minutes were not enough")

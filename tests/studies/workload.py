@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
+from pathlib import Path
 from typing import Any
 
+from studies.load import load_study
 from studies.plan import Job
 from studies.spec import Study
-from studies.store import Store
+from studies.store import Store, locked
+from studies.workers import Workers
 from tests.studies.support import cell_result
 
 
@@ -35,6 +39,20 @@ def do(study: Study, store: Store, job: Job) -> dict[str, Any]:
     return result
 
 
+def endless(study: Study, store: Store, job: Job) -> dict[str, Any]:
+    """Hold output_dir/held and never end."""
+    with locked(store.folder / "held", wait=True):
+        (store.folder / "began").touch()
+        threading.Event().wait()
+    raise AssertionError
+
+
 def environment(study: Study, store: Store, job: Job) -> dict[str, Any]:
     """The variables that a worker process began with."""
     return dict(os.environ)
+
+
+if __name__ == "__main__":  # a run whose only job never ends
+    with Workers(load_study(Path(sys.argv[1])), endless, 1, Path(sys.argv[2])) as workers:
+        workers.submit(Job("cell", "lora", 8, 0, 0, (), "key"))
+        workers.wait()
