@@ -251,6 +251,10 @@ def main() -> None:
     arms = ARMS[:1] + tuple(
         arm for arm in ARMS[1:] if not options.arm or any(part in arm.name for part in options.arm)
     )
+    if not shapes or (options.arm and len(arms) == 1):
+        parser.error(
+            f"--shape {options.shape} --arm {options.arm}: no shape, or no arm besides LoRA, has such a name."
+        )
     rows = [row for shape in shapes for row in measure(shape, arms, options.rounds, options.builds, device)]
     note = f"20 % trimmed means of {options.rounds} interleaved timings in each of {options.builds} builds"
     report(rows, device, note, options.json)

@@ -100,6 +100,8 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device("cuda" if options.preset == "gpu" else "cpu")
     shapes = [shape for shape in PRESETS[options.preset] if not options.shape or options.shape in shape.name]
+    if options.rounds < 2 or min(options.builds, options.samples, options.rank) < 1 or not shapes:
+        parser.error("there must be 2 rounds, 1 build, 1 sample, rank 1 and a shape of that name.")
     rows = [row for shape in shapes for row in measure(shape, options, device)]
     note = f"M={options.samples}, R={options.rank}, {options.builds} builds of {options.rounds} rounds"
     report(rows, device, note, options.json)

@@ -40,11 +40,12 @@ def check_adapter_folder(folder: str | Path, require_weights: bool = True) -> No
 
     Raises:
         ValueError: the folder or one of its files is missing, or a link that leads out of the folder; the weights are
-            pickled, truncated, otherwise no safetensors file, or not finite; the config is no JSON object, or larger
-            than `LARGEST_CONFIG`. Names the file and the remedy.
+            pickled, truncated, otherwise no safetensors file, or not finite; the config is no JSON object, names no
+            type of adapter, or is larger than `LARGEST_CONFIG`. Names the file and the remedy.
     """
     folder = Path(folder)
-    read_config(folder)
+    if not isinstance(read_config(folder).get("peft_type"), str):
+        raise ValueError(f"{folder / CONFIG_NAME} names no peft_type; save or download the adapter again.")
     weights, pickled = folder / WEIGHTS_NAME, folder / PICKLED_NAME
     if weights.is_file():
         declared_shapes(folder)

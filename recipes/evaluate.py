@@ -25,7 +25,6 @@ from yaml import YAMLError
 from dip_hf.evaluation.checkpoints import Checkpoint
 from dip_hf.evaluation.report import make_report, to_text
 from dip_hf.evaluation.results import EvaluationSettings
-from dip_hf.evaluation.run import evaluate_checkpoints, prepare_tasks
 from dip_hf.evaluation.write import make_folder, write_report
 from dip_hf.recipe.parser import RecipeParser
 
@@ -135,6 +134,9 @@ def _evaluate(argv: list[str] | None) -> None:
         dtype=arguments.dtype,
     )
     checkpoints = [Checkpoint.parse(text) for text in arguments.checkpoints]
+    import dip_hf.evaluation.lm  # noqa: F401  # it says which extra has lm-eval, where that is missing
+    from dip_hf.evaluation.run import evaluate_checkpoints, prepare_tasks
+
     make_folder(arguments.output_dir)
     tasks = prepare_tasks(settings, checkpoints)
     results = []

@@ -23,13 +23,13 @@ import torch
 from datasets import Dataset, concatenate_datasets, load_from_disk
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 from yaml import YAMLError
 
 from dip_hf.reasoning import ANSWER_CUE, INSTRUCTIONS, PRETRAINING, iterate_rows, make_split, score_answer
 from dip_hf.recipe.parser import RecipeParser
 from dip_hf.recipe.resume import resumed_checkpoint
+from dip_hf.trainer.checkpoints import last_checkpoint
 
 
 COPYING = "copying"
@@ -59,6 +59,13 @@ class PretrainingArguments:
     def __post_init__(self) -> None:
         if unknown := sorted(self.weights.keys() - set(KINDS)):
             raise ValueError(f"weights: {unknown} are no pretraining families; those are {', '.join(KINDS)}")
+        if min(self.weights.values(), default=1.0) < 0:
+            raise ValueError(f"weights={self.weights} must not be negative; 0 leaves a family out")
+        if self.hidden_size % self.num_attention_heads or self.hidden_size // self.num_attention_heads % 2:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} must be an even multiple of num_attention_heads="
+                f"{self.num_attention_heads}, each of which gets an equal share of even size"
+            )
 
 
 def build_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -208,12 +215,14 @@ def main(args: PretrainingArguments, training: SFTConfig) -> None:
     """
     folder = Path(training.output_dir)
     try:
+        if training.max_steps < 1:
+            raise ValueError(f"max_steps={training.max_steps} must be at least 1: it says how many examples are drawn")
         checkpoint = resumed_checkpoint(training)  # first, for the examples take minutes
         if training.resume_from_checkpoint is None and folder.is_dir():
-            checkpoint = get_last_checkpoint(str(folder))
+            checkpoint = last_checkpoint(folder)
         set_seed(training.seed)
         pool, tokenizer = build_pool(args, training.seed, folder)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         sys.exit(f"recipes/pretrain.py: {error}")
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
     data = order_examples(pool, args.weights, training.max_steps, batch, training.seed)

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 from trl import get_quantization_config
 from yaml import YAMLError
 
+from dip_hf.evaluation.checkpoints import check_base
 from dip_hf.recipe.arguments import AdapterArguments, DataArguments, SFTParser, model_options
 from dip_hf.recipe.data import check_run, load_datasets
 from dip_hf.recipe.dry_run import describe_run
@@ -37,6 +38,7 @@ def make_trainer(
     """Load data and model. Data comes first: a mistake in it costs no wait for the weights."""
     check_run(data, training, adapter)
     train_dataset, eval_dataset = load_datasets(data, training)
+    check_base("model_name_or_path", adapter.model_name_or_path)
     training.model_init_kwargs = model_options(training, adapter)
     if adapter.adapter == "monteclora":
         trainer_class = type("MonteCLoRATrainer", (MontecloraTrainerMixin, trainer_class), {})  # adds PEFT's own loss

@@ -49,7 +49,7 @@ def file_rows(path: str | Path, limit: int | None = None) -> list[dict[str, str]
         raise ValueError(f"dataset={str(path)!r} is no file: give JSON Lines with prompt and completion.")
     rows: list[dict[str, str]] = []
     # Not splitlines, which also ends lines at characters that JSON allows within strings, such as U+2028
-    for number, line in enumerate(Path(path).read_bytes().decode("utf-8").split("\n"), 1):
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
         try:

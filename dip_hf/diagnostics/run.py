@@ -172,7 +172,10 @@ def diagnose(settings: DiagnoseSettings) -> dict[str, Any]:
         ValueError: data or a checkpoint that cannot be used; names field, value and remedy.
         ImportError: reasoning-gym or matplotlib is not installed.
     """
-    from matplotlib.figure import Figure  # noqa: F401  # the picture needs it, and comes last
+    try:
+        from matplotlib.figure import Figure  # noqa: F401  # the picture needs it, and comes last
+    except ImportError as error:
+        raise ImportError("dip_hf.diagnostics needs matplotlib: install dip_hf with its extra 'eval'") from error
 
     if settings.dataset is not None:
         rows = file_rows(settings.dataset, settings.limit)

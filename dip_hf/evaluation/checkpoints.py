@@ -196,6 +196,8 @@ def check_base(field: str, base: str) -> None:
     Raises:
         ValueError: see `check_model_folder`; names the field, the value and the remedy.
     """
+    if (Path(base) / CONFIG_NAME).is_file() and not (Path(base) / "config.json").is_file():
+        raise ValueError(f"{field}={base!r} is an adapter: give the model that it was trained on")
     if Path(base).is_dir():
         check_model_folder(field, base)
     elif Path(base).exists() or base.startswith((".", "/", "~")):

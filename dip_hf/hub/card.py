@@ -68,7 +68,8 @@ def methods_on(run: FinishedRun) -> list[Method]:
 
 def vllm_refusal(adapter: dict[str, Any]) -> str | None:
     """Why vLLM would not serve an adapter's plain LoRA copy; None where it would."""
-    for name in ("use_dora", "modules_to_save", "trainable_token_indices", "target_parameters"):
+    unserved = ("use_dora", "modules_to_save", "trainable_token_indices", "target_parameters", "monteclora_config")
+    for name in unserved:
         if adapter.get(name):
             return f"vLLM does not serve LoRA adapters with `{name}`."
     if adapter.get("bias", "none") != "none":

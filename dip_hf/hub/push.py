@@ -9,6 +9,8 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
@@ -85,13 +87,15 @@ def push(
         HubError: the Hub could not be reached, or refused.
     """
     with tempfile.TemporaryDirectory() as work:
+        pusher = _Push(settings, HfApi(endpoint=endpoint, token=token), waits)
+        settings = pusher.owned_settings()
         staging = stage(settings, Path(work), tags)
         if show is not None:
             for line in describe(staging):
                 show(line)
         if settings.dry_run:
             return None
-        return _Push(settings, HfApi(endpoint=endpoint, token=token), waits).run(staging, own_commits)
+        return pusher.run(staging, own_commits)
 
 
 def describe(staging: Staging) -> list[str]:
@@ -112,12 +116,15 @@ class _Push:
         self.repo_id = settings.repo_id
         self.record = Path(settings.folder) / RECORD_NAME
 
+    def owned_settings(self) -> PushSettings:
+        """The settings with the user's name where the repository's has no owner, but for a dry run."""
+        if "/" not in self.repo_id and not self.settings.dry_run:
+            self.repo_id = f"{self._attempt('asking for your name', self.api.whoami)['name']}/{self.repo_id}"
+        return replace(self.settings, repo_id=self.repo_id)
+
     def run(self, staging: Staging, own_commits: Collection[str]) -> CommitInfo:
-        created = self._attempt(
-            "making the repository",
-            lambda: self.api.create_repo(self.repo_id, private=self.settings.private or None, exist_ok=True),
-        )
-        self.repo_id = created.repo_id  # with the user's name where none was given
+        create = partial(self.api.create_repo, self.repo_id, private=self.settings.private or None, exist_ok=True)
+        self._attempt("making the repository", create)
         head, present, is_private = self._attempt("reading the repository", self._head)
         if self.settings.private and not is_private:
             raise ValueError(

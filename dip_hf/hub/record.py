@@ -95,9 +95,18 @@ def training_config(args: TrainingArguments, always: Iterable[str] = ()) -> dict
     return found
 
 
-def write_record(folder: str | Path, args: TrainingArguments, always: Iterable[str] = ()) -> None:
-    """Write training_config.yaml and environment.json into `folder`, which exists; see `training_config`."""
+def write_record(
+    folder: str | Path, args: TrainingArguments, always: Iterable[str] = (), base_is_local: bool = False
+) -> None:
+    """Write training_config.yaml and environment.json into `folder`, which exists; see `training_config`.
+
+    Args:
+        folder: of the run.
+        args: the trainer's.
+        always: as for `training_config`.
+        base_is_local: whether an adapter's base is a folder here, whose path says nothing elsewhere.
+    """
     text = yaml.safe_dump(training_config(args, always), sort_keys=True, allow_unicode=True)
     (Path(folder) / TRAINING_NAME).write_text(text, encoding="utf-8")
-    environment = json.dumps(describe_environment(), indent=2) + "\n"
+    environment = json.dumps({**describe_environment(), "base_is_local": base_is_local}, indent=2) + "\n"
     (Path(folder) / ENVIRONMENT_NAME).write_text(environment, encoding="utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
@@ -12,11 +11,12 @@ import yaml
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 
-from dip_hf.adapter_files import CONFIG_NAME, WEIGHTS_NAME, check_adapter_folder, check_inside
+from dip_hf.adapter_files import CONFIG_NAME, WEIGHTS_NAME, check_adapter_folder, check_inside, read_config
 from dip_hf.dipnet.export import NOISE_PREFIX
 from dip_hf.evaluation.checkpoints import check_model_folder
 from dip_hf.hub.record import ENVIRONMENT_NAME, TRAINING_NAME
 from dip_hf.hub.settings import check_repo_id
+from dip_hf.peft_compat import DUMMY_TARGET_MODULES
 
 
 MODEL = "model"
@@ -46,6 +46,11 @@ class FinishedRun:
     datasets: tuple[str, ...]
 
     @property
+    def noise_only(self) -> bool:
+        """Whether it is a DIPNet adapter of noise alone, by its configuration."""
+        return self.kind == "DIPNET" and self.adapter.get("target_modules") == DUMMY_TARGET_MODULES
+
+    @property
     def has_plain_weights(self) -> bool:
         """Whether an adapter has weights besides a DIPNet adapter's own, so that a plain LoRA copy makes sense."""
         with safe_open(self.folder / WEIGHTS_NAME, framework="pt") as file:
@@ -66,16 +71,17 @@ def read_run(folder: str | Path, base_model: str | None = None, datasets: list[s
     """
     folder = Path(folder)
     card = _card_metadata(folder)
+    environment = read_mapping(folder / ENVIRONMENT_NAME)
     base = base_model or _only(card.get("base_model"), folder)
     if (folder / CONFIG_NAME).is_file():
         check_adapter_folder(folder)
-        adapter = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        adapter = dict(read_config(folder))
         base = base_model or adapter.get("base_model_name_or_path")
-        kind = str(adapter.get("peft_type"))
+        kind = str(adapter["peft_type"])
         if not base:
             raise ValueError(f"base_model is missing: {folder / CONFIG_NAME} names none; give its name on the Hub")
         if base_model is None:
-            _check_public(str(base), folder)
+            _check_public(str(base), folder, (environment or {}).get("base_is_local") is True)
     else:
         if others := other_adapters(folder):
             raise ValueError(
@@ -83,6 +89,8 @@ def read_run(folder: str | Path, base_model: str | None = None, datasets: list[s
                 f"not called 'default'; give one of these folders, such as {folder / others[0]}"
             )
         check_model_folder("folder", folder)
+        if "model_type" not in (read_mapping(folder / "config.json") or {}):
+            raise ValueError(f"{folder / 'config.json'} names no model_type; save or download the model again")
         kind, adapter = MODEL, {}
         base = base if base and not Path(str(base)).exists() else base_model
     known = card.get("datasets") or []
@@ -91,8 +99,8 @@ def read_run(folder: str | Path, base_model: str | None = None, datasets: list[s
         folder=folder,
         kind=kind,
         adapter=adapter,
-        training=_read_mapping(folder / TRAINING_NAME),
-        environment=_read_mapping(folder / ENVIRONMENT_NAME),
+        training=read_mapping(folder / TRAINING_NAME),
+        environment=environment,
         base_model=None if base is None else str(base),
         datasets=tuple(str(name) for name in names),
     )
@@ -118,13 +126,13 @@ def local_base(base: str, folder: Path) -> Path | None:
     return next((place / base for place in places if (place / base / "config.json").is_file()), None)
 
 
-def _check_public(base: str, folder: Path) -> None:
-    """Refuse a base that is a local folder, or no name on the Hub.
+def _check_public(base: str, folder: Path, was_local: bool) -> None:
+    """Refuse a base that is a local folder, or was one where the run began, or that is no name on the Hub.
 
     A relative path of two parts may look like a name on the Hub, and be a stranger's there.
     """
     remedy = "give base_model, its name on the Hub, so that others can load the adapter"
-    if local_base(base, folder) is not None:
+    if was_local or local_base(base, folder) is not None:
         raise ValueError(f"base_model={base!r}, which the adapter was trained on, is a local folder: {remedy}")
     try:
         check_repo_id("base_model", base)
@@ -160,7 +168,7 @@ def _only(bases: Any, folder: Path) -> Any:
     return bases[0] if bases else None
 
 
-def _read_mapping(path: Path) -> dict[str, Any] | None:
+def read_mapping(path: Path) -> dict[str, Any] | None:
     """A YAML (or JSON) file's mapping; None where there is no file."""
     if not path.is_file():
         return None

@@ -24,7 +24,7 @@ from dip_hf.hub.results import (
     StaleReportError,
     read_results,
 )
-from dip_hf.hub.run import MODEL, FinishedRun, local_base, other_adapters, read_run
+from dip_hf.hub.run import MODEL, FinishedRun, local_base, other_adapters, read_mapping, read_run
 from dip_hf.hub.settings import PushSettings
 
 
@@ -92,7 +92,12 @@ def stage(settings: PushSettings, work: Path, tags: list[str] | None = None) -> 
         _take(run.folder, staging, (name,))
         if name not in staging.files:
             staging.left_out[name] = "the run's folder has none; DIPSFTTrainer.save_model writes it"
-    staging.left_out |= {f"{name}/": "another adapter; push its own folder" for name in other_adapters(run.folder)}
+    made = {name.partition("/")[0] for name in staging.files if "/" in name}
+    others = [name for name in other_adapters(run.folder) if name not in made]
+    staging.left_out |= {f"{name}/": "another adapter; push its own folder" for name in others}
+    for path in staging.files.values():
+        if path.suffix == ".json":
+            read_mapping(path)  # which refuses a damaged one
     if results is not None:
         _stage_results(results, settings, work, staging)
     card = render_card(run, settings.repo_id, results, lora, settings.merged, tags or [])

@@ -210,11 +210,17 @@ def _bad_choice(name: str, value: object, choices: Iterable[str]) -> str:
 
 
 def model_options(training: DIPSFTConfig, adapter: AdapterArguments) -> dict[str, Any]:
-    """What the model is loaded with: the fields of `adapter`, and over them `model_init_kwargs`."""
-    given = training.model_init_kwargs
+    """What the model is loaded with: the fields of `adapter`, and over them `model_init_kwargs`.
+
+    Raises:
+        ValueError: `model_init_kwargs` is no mapping.
+    """
+    given = training.model_init_kwargs or {}
+    if not isinstance(given, dict):
+        raise ValueError(f"model_init_kwargs={given!r} must be a mapping, such as {{'device_map': 'auto'}}")
     return {
         "revision": adapter.model_revision,
         "attn_implementation": adapter.attn_implementation,
         "dtype": adapter.dtype,
-        **(given if isinstance(given, dict) else {}),
+        **given,
     }

@@ -5,9 +5,19 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from types import NoneType, UnionType
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from trl import TrlParser
+
+
+_REFUSED: dict[Any, tuple[type, ...]] = {
+    str: (bool, list, dict),
+    int: (bool, float, list, dict),
+    float: (bool, list, dict),
+}
+"""What a file may not give for a field of a type; the command line's words are read by the type itself."""
+_WORDS = {str: "a text (in quotes, where YAML reads something else)", int: "a whole number", float: "a number"}
 
 
 class RecipeParser(TrlParser):
@@ -20,6 +30,10 @@ class RecipeParser(TrlParser):
     def __init__(self, dataclass_types: Iterable[Any]) -> None:
         # A shortened option would silently mean another field after a new one is added
         super().__init__(dataclass_types, allow_abbrev=False)
+        hints = [hint for kind in self.dataclass_types for hint in get_type_hints(kind).items()]
+        self._kinds = {
+            name: set(get_args(hint)) if get_origin(hint) in (Union, UnionType) else {hint} for name, hint in hints
+        }
         for action in self._actions:
             if action.nargs == "+":
                 action.nargs = "*"  # an option without a value is an empty list, as a file can give it
@@ -31,7 +45,11 @@ class RecipeParser(TrlParser):
     def set_defaults_with_config(self, **config: Any) -> list[str]:
         """Take the defaults from a config file's mapping, all of whose keys must be fields.
 
-        A text where a list belongs is a list of one, as on the command line.
+        A text where a list belongs is a list of one, and a number where a text belongs its digits, as on the command
+        line.
+
+        Raises:
+            ValueError: a key that is no field, or a value of a kind that its field cannot have.
         """
         actions = {action.dest: action for action in self._actions}
         for key, value in config.items():
@@ -46,6 +64,8 @@ class RecipeParser(TrlParser):
                 )
             if key.endswith("_strategy") and value is False:
                 config[key] = "no"  # which YAML reads as false where it is not quoted
+            elif actions[key].nargs != "*" and not (key.endswith("_blocks") and isinstance(value, list)):
+                config[key] = _scalar(key, value, self._kinds[key])
         return super().set_defaults_with_config(**config)
 
     def parse_recipe(self, argv: list[str] | None = None) -> tuple[Any, ...]:
@@ -69,8 +89,22 @@ class RecipeParser(TrlParser):
             raise ValueError(f"the config file or an option: {error}") from error
 
 
+def _scalar(key: str, value: Any, kinds: set[Any]) -> Any:
+    """A file's value for a field that is no list, of one of these types."""
+    if value is None:
+        if NoneType in kinds:
+            return None
+        raise ValueError(f"the config file's key {key!r} has no value; give one, or remove the key")
+    (kind,) = kinds - {NoneType} if len(kinds - {NoneType}) == 1 else (None,)
+    if kind is str and type(value) in (int, float):
+        return str(value)
+    if kind in _REFUSED and isinstance(value, _REFUSED[kind]):
+        raise ValueError(f"the config file's key {key!r} must be {_WORDS[kind]}, got {value!r}")
+    return value
+
+
 def _is_list(value: Any) -> bool:
-    return isinstance(value, list) and not any(isinstance(entry, (list, dict)) for entry in value)
+    return isinstance(value, list) and all(type(entry) in (str, int, float) for entry in value)
 
 
 def _split_config_option(argument: str) -> list[str]:

@@ -36,11 +36,19 @@ def active_lora(model: nn.Module) -> list[LoraConfig]:
     return [config for config in configs if isinstance(config, LoraConfig)]
 
 
-def check_trainable(model: nn.Module) -> None:
+def check_trainable(model: PeftModel) -> None:
     """
     Raises:
-        ValueError: an adapter without a parameter that learns.
+        ValueError: an adapter without a parameter that learns, or that is to save modules which the model has not.
     """
+    names = [name for name, _ in model.named_modules()]
+    for config in active_lora(model):
+        missing = [name for name in config.modules_to_save or () if not any(own.endswith(name) for own in names)]
+        if missing:
+            raise ValueError(
+                f"modules_to_save={list(config.modules_to_save or ())}: the model has no module of the name "
+                f"{missing[0]!r}, and the adapter could not be exported; correct it, or leave it out."
+            )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             "the adapter leaves nothing to train (learn_noise=False without target_modules, or loaded for inference); "

@@ -44,7 +44,11 @@ class PublishingTrainer(SFTTrainer):
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            write_record(folder, self.args, _own_fields())  # before the parent's, which may push
+            base = ""
+            if isinstance(self.model, PeftModel):
+                base = self.model.peft_config[self.model.active_adapter].base_model_name_or_path or ""
+            is_local = local_base(base, folder) is not None
+            write_record(folder, self.args, _own_fields(), is_local)  # before the parent's, which may push
         super().save_model(output_dir, _internal_call)
 
     def create_model_card(

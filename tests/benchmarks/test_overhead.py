@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -56,3 +57,16 @@ def test_the_noise_starts_where_the_floor_says(overhead: ModuleType) -> None:
         for m, name in ((2, M2), (4, M4)):
             noised = arms[name].adapter(shape)["noise_blocks"]
             assert (shape.depth - noised + m * noised) / shape.depth == arms[name].floor(shape)
+
+
+@pytest.mark.parametrize("options", [["--shape", "nope"], ["--arm", "nope"], ["--rounds", "1"], ["--builds", "0"]])
+@pytest.mark.parametrize("name", ["overhead.py", "prediction.py"])
+def test_options_that_measure_nothing(name: str, options: list[str], tmp_path: Path) -> None:
+    if name == "prediction.py" and options[0] == "--arm":
+        options = ["--samples", "0"]
+    rows = tmp_path / "rows.json"
+    command = [sys.executable, str(BENCHMARKS / name), *options, "--json", str(rows)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "there must be" in done.stderr or "has such a name" in done.stderr
+    assert not rows.exists()

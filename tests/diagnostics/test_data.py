@@ -60,6 +60,9 @@ def test_file_rows(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             file_rows(path)
+    path.write_bytes('{"prompt": "p", "completion": "é"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"line 1: no valid JSON .*utf-8"):
+        file_rows(path)
     with pytest.raises(ValueError, match="is no file"):
         file_rows(tmp_path)
 

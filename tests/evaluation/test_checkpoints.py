@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from dip_hf.evaluation.checkpoints import Checkpoint, check_checkpoints, weight_digests
+from dip_hf.evaluation.checkpoints import Checkpoint, check_base, check_checkpoints, weight_digests
 
 
 def test_a_name_alone_is_the_base_and_a_folder_may_hold_an_equals_sign() -> None:
@@ -151,6 +151,11 @@ def test_missing_folders_are_refused(base_folder: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["lora_folder", "base_folder"])
+def test_an_adapter_is_no_base(lora_folder: str) -> None:
+    with pytest.raises(ValueError, match=r"model='.*' is an adapter: give the model that it was trained on"):
+        check_base("model", lora_folder)
+
+
 def test_pickled_and_truncated_weights_are_refused(
     kind: str, base_folder: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

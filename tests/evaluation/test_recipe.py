@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,7 +55,7 @@ def test_what_is_finished_is_kept_when_a_later_checkpoint_fails(
         yield from evaluate_checkpoints(settings, checkpoints[:1], tasks)
         raise MemoryError
 
-    monkeypatch.setattr(recipe, "evaluate_checkpoints", one_and_no_more)
+    monkeypatch.setattr("dip_hf.evaluation.run.evaluate_checkpoints", one_and_no_more)
     arguments = ["--tasks", "dip_unseen_products", "--limit", "2", "--checkpoints", "base", f"lora={lora_folder}"]
     with pytest.raises(MemoryError):
         recipe.main(["--model", base_folder, *arguments, "--output_dir", str(tmp_path), "--device", "cpu"])
@@ -92,10 +94,19 @@ def test_bad_input_ends_the_recipe_before_a_model_is_loaded(
     def refuse(*_: object) -> None:
         raise AssertionError("a model is loaded")
 
-    monkeypatch.setattr(recipe, "evaluate_checkpoints", refuse)
+    monkeypatch.setattr("dip_hf.evaluation.run.evaluate_checkpoints", refuse)
     with pytest.raises(SystemExit) as stop:
         recipe.main(["--model", base_folder, "--tasks", "dip_unseen_products", *arguments])
     assert message in str(stop.value)
+
+
+def test_without_lm_eval_the_extra_is_named(tmp_path: Path) -> None:
+    (tmp_path / "lm_eval.py").write_text("raise ImportError('not here')\n")
+    paths = {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    command = [sys.executable, str(ROOT / "recipes" / "evaluate.py"), "--model", "recipes/base_model"]
+    done = subprocess.run(command, env={**os.environ, **paths}, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "recipes/evaluate.py: dip_hf.evaluation needs lm-eval: install dip_hf with its extra 'eval'" in done.stderr
 
 
 def test_a_base_that_cannot_be_loaded_ends_the_recipe_in_one_line(
@@ -154,9 +165,9 @@ def test_texts_where_lists_belong_and_a_config_behind_an_equals_sign(
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("limit", "2.5", "limit=2.5 must be a whole number"),
-        ("num_samples", "1.5", "num_samples=1.5 must be a whole number"),
-        ("batch_size", "1.5", "batch_size=1.5 must be a whole number"),
+        ("limit", "2.5", "must be a whole number, got 2.5"),
+        ("num_samples", "1.5", "must be a whole number, got 1.5"),
+        ("batch_size", "1.5", "must be a whole number, got 1.5"),
     ],
 )
 def test_numbers_that_are_none(

@@ -59,6 +59,14 @@ def test_it_says_how_to_load_three_ways() -> None:
     assert card.data.get("base_model_relation") == "adapter"
 
 
+def test_where_no_copy_was_made_it_says_how_to_make_one() -> None:
+    """The card that a trainer leaves in its run's folder."""
+    text = render_card(run(), "you/run", lora=None)
+    assert "`dip-hf export-lora` makes a plain LoRA copy" in text and "noise alone" not in text
+    alone = {**DIPNET, "target_modules": "dummy-target-modules"}
+    assert "holds noise alone" in render_card(run(adapter=alone), "you/run", lora=None)
+
+
 def test_only_names_on_the_hub_are_linked_as_data(tmp_path: Path) -> None:
     names = ("you/data", "number_sorting", str(tmp_path / "mine.jsonl"))
     text = render_card(run(datasets=names), "you/run", lora="lora")
@@ -75,6 +83,8 @@ def test_only_names_on_the_hub_are_linked_as_data(tmp_path: Path) -> None:
         ({"r": 8, "use_dora": True}, 8, "`use_dora`"),
         ({"r": 8, "modules_to_save": ["lm_head"]}, 8, "`modules_to_save`"),
         ({"r": 8, "bias": "all"}, 8, "biases"),
+        ({"r": 8, "monteclora_config": {}}, 8, None),
+        ({"r": 8, "monteclora_config": {"buffer_size": 4}}, 8, "`monteclora_config`"),
     ],
 )
 def test_what_vllm_serves(adapter: dict[str, Any], rank: int, refusal: str | None) -> None:

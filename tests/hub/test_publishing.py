@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,15 @@ def test_what_can_be_pushed_is_not_refused(base_folder: Path, tmp_path: Path, mo
         with pytest.raises(OfflineModeIsEnabled):
             trainer(model, base_folder, tmp_path)
     trainer(str(base_folder), base_folder, tmp_path, push_to_hub=False, peft_config=lora())  # pushed with base_model
+
+
+def test_a_run_remembers_that_its_base_was_a_folder(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(base_folder.parent)
+    trainer(base_folder.name, base_folder, tmp_path, push_to_hub=False, peft_config=lora()).save_model()
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert environment["base_is_local"] is True
 
 
 @pytest.mark.parametrize("name", ["default", "mine"])

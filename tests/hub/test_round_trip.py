@@ -153,6 +153,12 @@ def test_the_run_is_not_lost_where_the_push_is_refused(
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
 
 
+def test_a_name_without_an_owner_is_the_users(call: Call, hub: Hub, run_folder: Path) -> None:
+    answer = call("push", {"folder": str(run_folder), "repo_id": "mine"}, token=TOKEN)
+    assert "value" in answer, answer
+    assert 'from_pretrained(base, "you/mine", subfolder="lora")' in hub.repos["you/mine"].files["README.md"].decode()
+
+
 def test_results_of_replaced_weights_go(call: Call, hub: Hub, run_folder: Path) -> None:
     """They would stand beside weights that nobody has evaluated."""
     name, old = "you/replaced", {"evaluation/report.json", "evaluation/report.png", ".eval_results/gsm8k.yaml"}

@@ -9,6 +9,7 @@ import string
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,6 +40,27 @@ def recipe() -> ModuleType:
     finally:
         sys.path.remove(str(RECIPES))
     return pretrain
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"weights": {"nope": 1.0}}, r"weights: \['nope'\] are no pretraining families"),
+        ({"weights": {"copying": -1.0}}, "must not be negative; 0 leaves a family out"),
+        ({"hidden_size": 100}, "hidden_size=100 must be an even multiple of num_attention_heads=6"),
+        ({"hidden_size": 18}, "hidden_size=18 must be an even multiple"),
+    ],
+)
+def test_settings_that_cannot_work(recipe: ModuleType, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        recipe.PretrainingArguments(**values)
+
+
+def test_the_number_of_steps_is_needed(recipe: ModuleType, tmp_path: Path) -> None:
+    training = SFTConfig(output_dir=str(tmp_path / "out"), bf16=False, use_cpu=True)
+    with pytest.raises(SystemExit, match="max_steps=-1 must be at least 1"):
+        recipe.main(recipe.PretrainingArguments(), training)
+    assert not (tmp_path / "out").exists()
 
 
 def test_tokenizer_keeps_characters_apart_and_gives_back_the_text(recipe: ModuleType) -> None:

@@ -9,7 +9,7 @@ from peft import LoraConfig
 
 from dip_hf import DIPNetConfig
 from dip_hf.blocks import parse_blocks
-from dip_hf.recipe.arguments import SFTParser
+from dip_hf.recipe.arguments import SFTParser, model_options
 from tests.recipes.support import CONFIGS, ROOT
 
 
@@ -133,6 +133,12 @@ def test_an_unknown_option_is_named_with_its_neighbours(tmp_path: Path) -> None:
         ({"model_name_or_path": None}, "model_name_or_path is missing"),
         ({"train_size": 0}, "train_size=0 must be at least 1"),
         ({"ignore_bias_buffers": True}, "ignore_bias_buffers=True is not supported.*remove it"),
+        ({"dataset_name": ["a", "b"]}, r"'dataset_name' must be a text .*, got \['a', 'b'\]"),
+        ({"dataset_name": False}, "'dataset_name' must be a text .*in quotes.*, got False"),
+        ({"train_size": 5.5}, "'train_size' must be a whole number, got 5.5"),
+        ({"max_length": 256.0}, "'max_length' must be a whole number, got 256.0"),
+        ({"learning_rate": True}, "'learning_rate' must be a number, got True"),
+        ({"train_size": None}, "'train_size' has no value; give one, or remove the key"),
         ({"lora_r": "eight"}, "lora_r.*invalid int value: 'eight'"),
         ({"noise_scale": 0.0}, "noise_scale=0.0 must be positive"),
         ({"noise_blocks": "150%"}, "noise_blocks='150%' must be from '1%' to '100%'"),
@@ -143,6 +149,19 @@ def test_an_unknown_option_is_named_with_its_neighbours(tmp_path: Path) -> None:
 def test_a_wrong_value_is_named(tmp_path: Path, values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse(write(tmp_path, **values))
+
+
+def test_a_number_where_a_text_belongs_is_its_digits(tmp_path: Path) -> None:
+    data, training, adapter = parse(write(tmp_path, dataset_name=42, noise_blocks=2, max_length=None))
+    assert (data.dataset_name, adapter.noise_blocks_choice, training.max_length) == ("42", 2, None)
+
+
+def test_what_the_model_is_loaded_with_must_be_a_mapping(tmp_path: Path) -> None:
+    _, training, adapter = parse(write(tmp_path, model_init_kwargs={"device_map": "auto"}))
+    assert model_options(training, adapter)["device_map"] == "auto"
+    training.model_init_kwargs = "auto"
+    with pytest.raises(ValueError, match=r"model_init_kwargs='auto' must be a mapping"):
+        model_options(training, adapter)
 
 
 def test_a_missing_path_after_config_is_named() -> None:
@@ -163,7 +182,7 @@ def test_a_text_where_a_list_belongs_is_a_list_of_one(field: str, tmp_path: Path
     assert given in (["number_sorting"], "number_sorting")  # PEFT takes one module's name as a text
 
 
-@pytest.mark.parametrize("value", [{"number_sorting": 8, "gcd": 4}, [{"gcd": 4}], 3])
+@pytest.mark.parametrize("value", [{"number_sorting": 8, "gcd": 4}, [{"gcd": 4}], [False], 3])
 def test_what_is_no_list_where_a_list_belongs(value: Any, tmp_path: Path) -> None:
     """A mapping was taken for the list of its keys."""
     with pytest.raises(

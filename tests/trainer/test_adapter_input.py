@@ -77,6 +77,16 @@ def test_noise_that_no_pass_draws(tmp_path: Path) -> None:
         trainer.train()
 
 
+def test_modules_to_save_that_the_model_has_not(tmp_path: Path) -> None:
+    """They would be found missing when the trained adapter is exported or pushed."""
+    adapter = {**LORA, "modules_to_save": ["lm_haed"]}
+    with pytest.raises(
+        ValueError, match=r"modules_to_save=\['lm_haed'\]: the model has no module of the name 'lm_haed'"
+    ):
+        make_trainer(tmp_path, DIPNetConfig(**adapter))
+    make_trainer(tmp_path, DIPNetConfig(**{**adapter, "modules_to_save": ["lm_head"]}))
+
+
 @pytest.mark.parametrize("options", [DRES, ICP], ids=["dres", "icp"])
 @pytest.mark.parametrize("lora", [MONTECLORA, ALORA], ids=["monteclora_config", "alora_invocation_tokens"])
 def test_second_passes(lora: dict[str, Any], options: dict[str, Any], tmp_path: Path) -> None:
