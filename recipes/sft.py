@@ -38,6 +38,7 @@ def make_trainer(
     """Load data and model. Data comes first: a mistake in it costs no wait for the weights."""
     check_run(data, training, adapter)
     train_dataset, eval_dataset = load_datasets(data, training)
+    assert adapter.model_name_or_path is not None  # AdapterArguments requires it
     check_base("model_name_or_path", adapter.model_name_or_path)
     training.model_init_kwargs = model_options(training, adapter)
     if adapter.adapter == "monteclora":

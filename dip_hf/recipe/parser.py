@@ -17,7 +17,11 @@ _REFUSED: dict[Any, tuple[type, ...]] = {
     float: (bool, list, dict),
 }
 """What a file may not give for a field of a type; the command line's words are read by the type itself."""
-_WORDS = {str: "a text (in quotes, where YAML reads something else)", int: "a whole number", float: "a number"}
+_WORDS: dict[Any, str] = {
+    str: "a text (in quotes, where YAML reads something else)",
+    int: "a whole number",
+    float: "a number",
+}
 
 
 class RecipeParser(TrlParser):
