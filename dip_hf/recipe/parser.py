@@ -57,19 +57,10 @@ class RecipeParser(TrlParser):
         """
         actions = {action.dest: action for action in self._actions}
         for key, value in config.items():
-            if key not in actions:
-                raise ValueError(f"the config file's key {key!r} is no field{_close_to(str(key), actions)}")
-            if actions[key].nargs == "*" and isinstance(value, str):
-                config[key] = [value]
-            elif actions[key].nargs == "*" and value is not None and not _is_list(value):
-                raise ValueError(
-                    f"the config file's key {key!r} must be a list of words or numbers, got {value!r}; write each on "
-                    "a line of its own, as `- NAME`, or for checkpoints `- NAME=FOLDER`"
-                )
-            if key.endswith("_strategy") and value is False:
-                config[key] = "no"  # which YAML reads as false where it is not quoted
-            elif actions[key].nargs != "*" and not (key.endswith("_blocks") and isinstance(value, list)):
-                config[key] = _scalar(key, value, self._kinds[key])
+            if key not in self._kinds:
+                raise ValueError(f"the config file's key {key!r} is no field{_close_to(str(key), self._kinds)}")
+            read = _list if actions[key].nargs == "*" else _scalar
+            config[key] = read(key, value, self._kinds[key])
         return super().set_defaults_with_config(**config)
 
     def parse_recipe(self, argv: list[str] | None = None) -> tuple[Any, ...]:
@@ -93,22 +84,33 @@ class RecipeParser(TrlParser):
             raise ValueError(f"the config file or an option: {error}") from error
 
 
+def _list(key: str, value: Any, kinds: set[Any]) -> Any:
+    """A file's value for a field that is a list."""
+    entries = [value] if isinstance(value, str) else value
+    if entries is None:
+        return None
+    if not isinstance(entries, list) or any(type(entry) not in (str, int, float) for entry in entries):
+        raise ValueError(
+            f"the config file's key {key!r} must be a list of words or numbers, got {value!r}; write each on a line "
+            "of its own, as `- NAME`, or for checkpoints `- NAME=FOLDER`"
+        )
+    return [str(entry) for entry in entries] if list[str] in kinds else entries
+
+
 def _scalar(key: str, value: Any, kinds: set[Any]) -> Any:
     """A file's value for a field that is no list, of one of these types."""
-    if value is None:
-        if NoneType in kinds:
-            return None
+    if value is None and NoneType not in kinds:
         raise ValueError(f"the config file's key {key!r} has no value; give one, or remove the key")
-    (kind,) = kinds - {NoneType} if len(kinds - {NoneType}) == 1 else (None,)
+    if key.endswith("_strategy") and value is False:
+        return "no"  # which YAML reads as false where it is not quoted
+    if key.endswith("_blocks") and isinstance(value, list):
+        return value  # indices
+    kind = next(iter(kinds - {NoneType})) if len(kinds - {NoneType}) == 1 else None
     if kind is str and type(value) in (int, float):
         return str(value)
     if kind in _REFUSED and isinstance(value, _REFUSED[kind]):
         raise ValueError(f"the config file's key {key!r} must be {_WORDS[kind]}, got {value!r}")
     return value
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list) and all(type(entry) in (str, int, float) for entry in value)
 
 
 def _split_config_option(argument: str) -> list[str]:

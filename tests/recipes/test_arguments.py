@@ -152,7 +152,9 @@ def test_a_wrong_value_is_named(tmp_path: Path, values: dict[str, Any], message:
 
 
 def test_a_number_where_a_text_belongs_is_its_digits(tmp_path: Path) -> None:
-    data, training, adapter = parse(write(tmp_path, dataset_name=42, noise_blocks=2, max_length=None))
+    values = {"noise_blocks": 2, "max_length": None, "lora_modules_to_save": [1]}
+    data, training, adapter = parse(write(tmp_path, dataset_name=42, **values))
+    assert adapter.lora_modules_to_save == ["1"]
     assert (data.dataset_name, adapter.noise_blocks_choice, training.max_length) == ("42", 2, None)
 
 
