@@ -150,12 +150,12 @@ def test_missing_folders_are_refused(base_folder: str, tmp_path: Path) -> None:
         check_checkpoints([Checkpoint("base")], "./nowhere")
 
 
-@pytest.mark.parametrize("kind", ["lora_folder", "base_folder"])
 def test_an_adapter_is_no_base(lora_folder: str) -> None:
     with pytest.raises(ValueError, match=r"model='.*' is an adapter: give the model that it was trained on"):
         check_base("model", lora_folder)
 
 
+@pytest.mark.parametrize("kind", ["lora_folder", "base_folder"])
 def test_pickled_and_truncated_weights_are_refused(
     kind: str, base_folder: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
