@@ -37,11 +37,9 @@ def summary(comparison: Comparison, study: Study) -> str:
 def _label(row: Row, reference: Row) -> str:
     """The arm, with the number of seeds that its differences rest on where the reference's value rests on more."""
     own = row.difference
-    return (
-        row.arm
-        if own is None or own.seeds == reference.seeds
-        else f"{row.arm} ({own.seeds} seed{'s' * (own.seeds > 1)})"
-    )
+    if own is None or own.seeds == reference.seeds:
+        return row.arm
+    return f"{row.arm} ({own.seeds} seed{'s' * (own.seeds > 1)})"
 
 
 def cell(row: Row, measure: Measure, reference: str) -> str:

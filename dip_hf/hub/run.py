@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
@@ -173,9 +174,10 @@ def read_mapping(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     check_inside(path.parent, path)
+    load = json.loads if path.suffix == ".json" else yaml.safe_load  # a tokenizer's file would take YAML minutes
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); remove it, or save the run again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no mapping; remove it, or save the run again")

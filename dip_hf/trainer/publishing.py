@@ -44,10 +44,7 @@ class PublishingTrainer(SFTTrainer):
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            base = ""
-            if isinstance(self.model, PeftModel):
-                base = self.model.peft_config[self.model.active_adapter].base_model_name_or_path or ""
-            is_local = local_base(base, folder) is not None
+            is_local = isinstance(self.model, PeftModel) and local_base(_base_name(self.model), folder) is not None
             write_record(folder, self.args, _own_fields(), is_local)  # before the parent's, which may push
         super().save_model(output_dir, _internal_call)
 
@@ -163,6 +160,11 @@ def _check_trained_adapter(asked: str, model: PeftModel, folder: Path) -> None:
         )
 
 
+def _base_name(model: PeftModel) -> str:
+    """The base's name or folder, as the active adapter knows it; empty where it knows none."""
+    return model.peft_config[model.active_adapter].base_model_name_or_path or ""
+
+
 def check_public_base(model: Any, peft_config: PeftConfig | None, folder: Path) -> None:
     """Refuse to push an adapter on a local folder, before it is trained; a whole model needs no base.
 
@@ -175,7 +177,7 @@ def check_public_base(model: Any, peft_config: PeftConfig | None, folder: Path) 
         ValueError: the base is a local folder.
     """
     if isinstance(model, PeftModel):
-        base = model.peft_config[model.active_adapter].base_model_name_or_path
+        base = _base_name(model)
     elif peft_config is None:
         return
     else:
