@@ -63,8 +63,7 @@ class Surroundings(NamedTuple):
         with ExitStack() as stack:
             stack.enter_context(self.restored_generators())
             for kind, (enabled, dtype) in self.autocast.items():
-                # Without the cache: a weight cast here, without gradient, must not serve a later training pass.
-                stack.enter_context(torch.autocast(kind, dtype, enabled, cache_enabled=False))
+                stack.enter_context(torch.autocast(kind, dtype, enabled))
             yield
 
 

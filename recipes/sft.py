@@ -82,12 +82,13 @@ def main(argv: list[str] | None = None) -> None:
         resume = resumed_checkpoint(training)
         if not data.dry_run:
             trainer = make_trainer(data, training, adapter)
-            check_resumed(trainer.model, resume, training.output_dir)
+            if resume is not None:
+                check_resumed(trainer.model, resume)
         elif training.process_index == 0:
             for line in describe_run(data, training, adapter, ARCHITECTURES):
                 print(line)
     except (ImportError, ValueError, OSError, YAMLError) as error:
-        sys.exit(f"recipes/sft.py: {error}")
+        sys.exit(f"recipes/sft.py: {' '.join(str(error).split())}")
     if not data.dry_run:
         train(trainer, data, resume)
 

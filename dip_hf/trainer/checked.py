@@ -14,6 +14,7 @@ from dip_hf.trainer.checkpoints import last_checkpoint
 from dip_hf.trainer.config import DIPSFTConfig
 from dip_hf.trainer.data_checks import (
     by_name,
+    check_columns,
     check_dataset,
     check_prepared,
     check_rows_left,
@@ -22,6 +23,7 @@ from dip_hf.trainer.data_checks import (
 )
 from dip_hf.trainer.gradients import FiniteGradients, check_finite_weights
 from dip_hf.trainer.publishing import PublishingTrainer
+from dip_hf.trainer.resume import check_resumed
 
 
 class CheckedTrainer(PublishingTrainer):
@@ -51,9 +53,10 @@ class CheckedTrainer(PublishingTrainer):
         processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
-        check_dataset("train_dataset", train_dataset, args)
-        for name, rows in by_name(eval_dataset).items():
+        for name, rows in {"train_dataset": train_dataset, **by_name(eval_dataset)}.items():
             check_dataset(name, rows, args)
+            if kwargs.get("formatting_func") is None:
+                check_columns(name, rows, args)
         data = {"data_collator": data_collator, "train_dataset": train_dataset, "eval_dataset": eval_dataset}
         super().__init__(model, args, **data, processing_class=processing_class, **kwargs)
         check_prepared("train_dataset", train_dataset, self.train_dataset, args, args.packing)
@@ -76,10 +79,13 @@ class CheckedTrainer(PublishingTrainer):
         """As Trainer's; True stands for the last checkpoint that was written to its end.
 
         Raises:
-            ValueError: a stream had no row to make a step with.
+            ValueError: the checkpoint's adapter is another one than the model's, and the message names the option; or
+                a stream had no row to make a step with.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir) or True  # which Trainer refuses
+        if resume_from_checkpoint and resume_from_checkpoint is not True:
+            check_resumed(self.model, resume_from_checkpoint)
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         check_steps_made(self)
         return result

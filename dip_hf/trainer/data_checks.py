@@ -84,6 +84,32 @@ def check_dataset(name: str, dataset: object, args: SFTConfig) -> None:
                 )
 
 
+def check_columns(name: str, dataset: object, args: SFTConfig) -> None:
+    """
+    Args:
+        name: the trainer's argument that holds it.
+        dataset: map-style datasets are checked.
+        args: the column of texts.
+
+    Raises:
+        ValueError: the dataset has no column that TRL reads, or something else there than text or messages.
+    """
+    options: Any = args.dataset_kwargs or {}
+    if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom" or options.get("skip_prepare_dataset"):
+        return
+    text = args.dataset_text_field
+    if not {text, *_TEXTS[:4], "conversations"} & set(dataset.column_names):
+        raise ValueError(
+            f"{name} has the columns {', '.join(dataset.column_names)}, of which none is read: rename them to prompt "
+            f"and completion, messages or {text!r} (dataset_text_field), or give formatting_func."
+        )
+    row = dataset.with_format(None)[0]
+    for column in {text, "prompt", "completion"} & row.keys() if "input_ids" not in row else ():
+        if not isinstance(row[column], str) and (column == text or not isinstance(row[column], list)):
+            kind = "text" if column == text else "text or a list of messages"
+            raise ValueError(f"{name}: the column {column!r} must hold {kind}, got {row[column]!r} in row 0.")
+
+
 def _check_values(name: str, dataset: Dataset, text_field: str) -> None:
     """
     Raises:

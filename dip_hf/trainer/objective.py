@@ -18,7 +18,7 @@ from dip_hf.dipnet.model import DIPNetModel
 from dip_hf.dipnet.trajectories import repeat_rows
 from dip_hf.noise import NoiseKey
 from dip_hf.trainer.config import DIPSFTConfig
-from dip_hf.trainer.terms import Term, batch_mean, token_mean
+from dip_hf.trainer.terms import Term, token_mean
 
 
 def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -127,10 +127,9 @@ class DIPNetPass:
 
     def keep_hidden_states(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Forward hook of the backbone."""
-        if torch.is_grad_enabled():  # not of a further pass that only feeds metrics
-            self.hidden_states = output.last_hidden_state
+        self.hidden_states = output.last_hidden_state
 
-    def penalty(self, accumulation_steps: int) -> tuple[Term, dict[str, float]]:
+    def penalty(self) -> tuple[Term, dict[str, float]]:
         """Eq. 4's penalty as one term, and what to log beside it: its raw parts and each block's noise level.
 
         Noise levels are mean standard deviations relative to the RMS of the block's input.
@@ -146,8 +145,7 @@ class DIPNetPass:
         levels = (relative.detach() / 2).exp().mean(-1)
         values = torch.cat([torch.stack([variance, log_variance]).detach(), levels]).tolist()
         names = ["dipnet/variance", "dipnet/log_variance", *(f"dipnet/noise_{layer}" for layer in self.log_variances)]
-        term = batch_mean("dipnet/penalty", penalty, 1.0, accumulation_steps)
-        return term, dict(zip(names, values, strict=True))
+        return Term("dipnet/penalty", penalty, 1.0), dict(zip(names, values, strict=True))
 
     def stability(self, labels: Tensor, num_items: Tensor | int, num_processes: int, accumulation_steps: int) -> Term:
         """Eq. 4's last term, a mean over the tokens whose prediction is trained.

@@ -2,49 +2,83 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from peft import PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 
 from dip_hf.adapter_files import CONFIG_NAME, read_config
 from dip_hf.blocks import select_blocks
-from dip_hf.dipnet import DIPNetConfig, DIPPeftType
-from dip_hf.trainer.checkpoints import last_checkpoint
+from dip_hf.dipnet import DIPNetConfig
 
 
-def check_resumed(model: nn.Module, checkpoint: str | bool | None, output_dir: str | None) -> None:
+_OF_LORA = (
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "target_parameters",
+    "modules_to_save",
+    "use_rslora",
+    "use_dora",
+    "bias",
+)
+"""What of LoRA its weights, or what they do, depend on."""
+
+
+def check_resumed(model: nn.Module, checkpoint: str) -> None:
     """Say which option has changed, where torch and PEFT would only miss weights, or parameters of the optimiser.
 
     Args:
         model: with the adapters that are trained.
-        checkpoint: as Trainer's `resume_from_checkpoint`: a folder, or True for the last one in `output_dir`.
-        output_dir: of the training arguments.
+        checkpoint: the folder to go on from.
 
     Raises:
-        ValueError: the checkpoint's DIPNet adapter noises or samples other blocks than the model's, with another
-            rank, or learns what the model's does not.
+        ValueError: the checkpoint's adapter is of another kind than the model's or has another LoRA; or its DIPNet
+            noises or samples other blocks, with another rank, or learns what the model's does not.
     """
-    if checkpoint is True:
-        checkpoint = None if output_dir is None else last_checkpoint(output_dir)
-    if not checkpoint or not isinstance(model, PeftModel):
+    if not isinstance(model, PeftModel):
         return
     for name, own in model.peft_config.items():
         folder = Path(checkpoint, name)
         if name == "default" or (name in model.active_adapters and not (folder / CONFIG_NAME).is_file()):
             folder = Path(checkpoint)  # as Trainer finds it
-        if not isinstance(own, DIPNetConfig) or not (folder / CONFIG_NAME).is_file():
+        if not (folder / CONFIG_NAME).is_file():
             continue
-        if read_config(folder).get("peft_type") != DIPPeftType.DIPNET.value:
-            continue
+        for option, value, before in _changes(own, read_config(folder), folder):
+            raise ValueError(
+                f"{option}={value!r}, but the checkpoint {folder} has {before!r}; resume with the adapter "
+                "configuration that it was trained with, or begin a new run in another output_dir."
+            )
+
+
+def _changes(own: PeftConfig, content: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, Any, Any]]:
+    """Options that differ, with the value now and the one in the checkpoint; those that the others follow from first.
+
+    Args:
+        own: the model's.
+        content: of the checkpoint's configuration file.
+        folder: where that is.
+    """
+    kind, before = str(own.peft_type.value), content.get("peft_type")
+    if kind != before:
+        yield "peft_type", kind, before
+    if isinstance(own, DIPNetConfig):
         saved = DIPNetConfig.from_pretrained(str(folder))
         for option in _options(own, saved):
             if _meaning(own, option, own) != _meaning(saved, option, own):
-                raise ValueError(
-                    f"{option}={getattr(own, option)!r}, but the checkpoint {folder} has {getattr(saved, option)!r}; "
-                    "resume with the adapter configuration that it was trained with, or begin a new run in another "
-                    "output_dir."
-                )
+                yield option, getattr(own, option), getattr(saved, option)
+    if isinstance(own, LoraConfig):
+        for option in _OF_LORA:
+            value, saved_value = (_unordered(found) for found in (getattr(own, option), content.get(option)))
+            if option in content and value != saved_value:
+                yield option, value, saved_value
+
+
+def _unordered(value: Any) -> Any:
+    """A list of names, which PEFT writes in no order, as a sorted one; an empty one as None."""
+    return (sorted(value) or None) if isinstance(value, list | set | tuple) else value
 
 
 def _options(own: DIPNetConfig, saved: DIPNetConfig) -> list[str]:

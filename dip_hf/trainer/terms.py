@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,20 +23,14 @@ class Term:
 
     Attributes:
         name: its name in the log; "NAME" is the raw value, "NAME_weighted" the value times `weight`.
-        value: raw scalar, scaled as a mean over the whole accumulated batch of all ranks would be.
+        value: raw scalar, scaled as if every micro-batch of every rank had this one's: their mean is that of the step,
+            and 1/micro-batches of it enters the loss, as of a term that is a mean over a micro-batch.
         weight: what it is multiplied by in the loss.
-        share: this micro-batch's share of the step, by which the raw value enters the loss.
     """
 
     name: str
     value: Tensor
     weight: float
-    share: float
-
-    @property
-    def loss(self) -> Tensor:
-        """What is added to the loss of this micro-batch."""
-        return self.value * (self.weight * self.share)
 
 
 def check_finite(name: str, value: float, step: int) -> None:
@@ -56,15 +51,6 @@ def check_finite(name: str, value: float, step: int) -> None:
         )
 
 
-def batch_mean(name: str, value: Tensor, weight: float, accumulation_steps: int) -> Term:
-    """A term that is a mean over a micro-batch (or depends on parameters alone).
-
-    Every micro-batch counts alike, so each enters the step with 1/`accumulation_steps`; the ranks' gradients are
-    averaged by the wrapper.
-    """
-    return Term(name, value, weight, 1 / accumulation_steps)
-
-
 def token_mean(
     name: str, total: Tensor, weight: float, num_items: Tensor | int, num_processes: int, accumulation_steps: int
 ) -> Term:
@@ -74,7 +60,13 @@ def token_mean(
         total: sum over this micro-batch's label tokens.
         num_items: label tokens of the step, over all micro-batches and ranks.
         num_processes: the wrapper averages the ranks' gradients, which is undone by this factor.
-        accumulation_steps: for the log only: the raw value is scaled up as if every micro-batch had this one's total.
+        accumulation_steps: micro-batches of the step; likewise.
     """
     scale = num_processes * accumulation_steps / torch.as_tensor(num_items, device=total.device).clamp(min=1)
-    return Term(name, total * scale, weight, 1 / accumulation_steps)
+    return Term(name, total * scale, weight)
+
+
+def total_loss(terms: Sequence[Term], accumulation_steps: int) -> Tensor:
+    """What a micro-batch's backward pass starts from: the weighted terms, of which the step adds up so many."""
+    weighted = [(term.value * term.weight).to(terms[0].value.device) for term in terms]
+    return torch.stack(weighted).sum() / accumulation_steps

@@ -34,9 +34,8 @@ from dip_hf.trainer.config import DIPSFTConfig, own_config
 from dip_hf.trainer.idle import IdleICP, warn_of_idle_fields, warn_of_idle_terms
 from dip_hf.trainer.objective import DIPNetObjective, DIPNetPass, fold_labels, own_parameters
 from dip_hf.trainer.optimizer import check_own_optimizer, check_posterior, compose_optimizer
-from dip_hf.trainer.resume import check_resumed
 from dip_hf.trainer.second_pass_checks import check_one_loss_pass, check_second_pass
-from dip_hf.trainer.terms import Term, batch_mean, check_finite, token_mean
+from dip_hf.trainer.terms import Term, check_finite, token_mean, total_loss
 
 
 class DIPSFTTrainer(CheckedTrainer):
@@ -168,13 +167,13 @@ class DIPSFTTrainer(CheckedTrainer):
                 mask = inputs.get("attention_mask")
                 coded = None if self.dres is None else watching.enter_context(self.dres.attached(key, mask))
                 task = super().compute_loss(model, folded, num_items_in_batch=items)
-            terms = [Term("task", task * steps, weight, 1 / steps)]
+            terms = [Term("task", task * steps, weight)]
             values: dict[str, float] = {}
             if noise is not None:  # before ICP's second pass, which writes over what the first left
                 more, values = self._dipnet_terms(noise, inputs["labels"], num_items_in_batch, steps)
                 terms += more
             if coded is not None:
-                terms.append(batch_mean("dres/error", coded.error, self.args.dres_weight, steps))
+                terms.append(Term("dres/error", coded.error, self.args.dres_weight))
             if icp is not None and clean is not None:
                 # On the scale of `task`, for Adam's moments mix the gradients of all steps
                 again = partial(self.model, **folded, num_items_in_batch=items, fused_lm_head=True)
@@ -182,14 +181,14 @@ class DIPSFTTrainer(CheckedTrainer):
                 total, tokens = icp.loss(clean, inputs, task, lambda: again().loss * scale, key)
                 terms.append(self._feature_term(total, tokens, feature_weight, num_items_in_batch, steps))
         self._log_terms(terms, values)
-        return torch.stack([term.loss.to(task.device) for term in terms]).sum()
+        return total_loss(terms, steps)
 
     def _feature_term(
         self, total: Tensor, tokens: Tensor, weight: float, num_items: Tensor | int | None, steps: int
     ) -> Term:
         """ICP's term, a mean over the compared tokens of the step."""
         if num_items is None:
-            return batch_mean("icp/features", total / tokens.clamp(min=1), weight, steps)
+            return Term("icp/features", total / tokens.clamp(min=1), weight)
         return token_mean("icp/features", total, weight, self._compared_tokens, self._counted_processes(), steps)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -222,7 +221,7 @@ class DIPSFTTrainer(CheckedTrainer):
         terms: list[Term] = []
         values: dict[str, float] = {}
         if noise.log_variances:  # there are none where the adapter has a posterior alone
-            penalty, values = noise.penalty(steps)
+            penalty, values = noise.penalty()
             # Without learnable noise the penalty is a constant, which would only blur the logged loss.
             terms = [penalty] if penalty.value.requires_grad else []
         if self.args.stability_weight > 0:
@@ -245,16 +244,15 @@ class DIPSFTTrainer(CheckedTrainer):
         return NoiseKey(self.args.seed, here, index if training else -1 - index, self.args.process_index)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As Trainer's; True stands for the last checkpoint that was written to its end.
+        """As `CheckedTrainer`'s.
 
         Raises:
-            ValueError: the checkpoint's DIPNet adapter is another one than the model's; names the option. Or the
-                active adapter, if it is another one by now, cannot be trained with these arguments.
+            ValueError: as there; or the active adapter, if it is another one by now, cannot be trained with these
+                arguments.
         """
         if self.dipnet is not None:
             check_drawn_noise(self.model)  # another adapter may have been activated since
             check_posterior(self.model, self.args)
-            check_resumed(self.model, resume_from_checkpoint, self.args.output_dir)
             if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # which keep parameters of their own
                 # `evaluate` with bf16_full_eval or fp16_full_eval casts the model for good
                 own = own_parameters(self.model)

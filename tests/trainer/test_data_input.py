@@ -194,6 +194,22 @@ def test_values_that_are_missing(rows: list[dict[str, Any]], message: str, tmp_p
         make_trainer(tmp_path, None, data=Dataset.from_list(rows))
 
 
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            [{"question": "a", "answer": "b"}],
+            r"has the columns question, answer, of which none is read: .*'text'",
+        ),
+        ([{"text": ["a", "b"]}], r"the column 'text' must hold text, got \['a', 'b'\] in row 0"),
+        ([{"prompt": 1, "completion": "2"}], "the column 'prompt' must hold text or a list of messages, got 1 in row"),
+    ],
+)
+def test_columns_that_are_no_text(rows: list[dict[str, Any]], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"train_dataset.*{message}"):
+        make_trainer(tmp_path, None, data=Dataset.from_list(rows))
+
+
 def stream(rows: list[dict[str, Any]]) -> IterableDataset:
     def generate() -> Iterator[dict[str, Any]]:
         yield from rows

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 
 from dip_hf import DIPNetConfig
 from dip_hf.trainer.objective import own_parameters
@@ -36,16 +36,30 @@ OPTIONS = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "per_devic
             {"variational_rank": 2, "variational_blocks": 2},
             r"variational_blocks=2, but .* has 1;",
         ),
+        ({}, {"r": 4}, r"r=4, but .* has 2;"),
+        ({}, {"lora_alpha": 64}, r"lora_alpha=64, but .* has 8;"),
+        ({}, {"target_modules": ["v_proj", "q_proj"]}, r"target_modules=\['q_proj', 'v_proj'\], but .* has \['down"),
+        ({"use_rslora": True}, {}, r"use_rslora=False, but .* has True;"),
     ],
     ids=str,
 )
 def test_another_adapter(first: dict[str, Any], then: dict[str, Any], message: str, tmp_path: Path) -> None:
     deeper = base_model(depth=5) if first.get("noise_blocks") == [4] else None
     make_trainer(tmp_path, DIPNetConfig(**ADAPTER, **first), OPTIONS, model=deeper).train()
-    trainer = make_trainer(tmp_path, DIPNetConfig(**ADAPTER, **then), {**OPTIONS, "max_steps": 3})
+    trainer = make_trainer(tmp_path, DIPNetConfig(**{**ADAPTER, **then}), {**OPTIONS, "max_steps": 3})
     for checkpoint in (True, str(tmp_path / "checkpoint-2")):
         with pytest.raises(ValueError, match=message):
             trainer.train(resume_from_checkpoint=checkpoint)
+
+
+@pytest.mark.parametrize("kinds", [(DIPNetConfig, LoraConfig), (LoraConfig, DIPNetConfig)])
+def test_an_adapter_of_another_kind(kinds: tuple[type[LoraConfig], type[LoraConfig]], tmp_path: Path) -> None:
+    make_trainer(tmp_path, kinds[0](**ADAPTER), OPTIONS).train()
+    trainer = make_trainer(tmp_path, kinds[1](**ADAPTER), {**OPTIONS, "max_steps": 3})
+    names = {DIPNetConfig: "DIPNET", LoraConfig: "LORA"}
+    message = f"peft_type='{names[kinds[1]]}', but the checkpoint .* has '{names[kinds[0]]}';"
+    with pytest.raises(ValueError, match=message):
+        trainer.train(resume_from_checkpoint=True)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dip_hf.trainer.terms import batch_mean, check_finite, token_mean
+from dip_hf.trainer.terms import Term, check_finite, token_mean, total_loss
 
 
 values = st.floats(-1e3, 1e3)
@@ -34,29 +34,28 @@ def test_token_mean_is_the_mean_over_all_label_tokens(step: list[list[list[float
     tokens = [value for rank in step for micro in rank for value in micro]
     ranks, accumulation = len(step), len(step[0])
     terms = [
-        [token_mean("t", scalar(math.fsum(micro)), weight, len(tokens), ranks, accumulation) for micro in rank]
+        token_mean("t", scalar(math.fsum(micro)), weight, len(tokens), ranks, accumulation)
         for rank in step
+        for micro in rank
     ]
-    loss = sum(float(term.loss) for rank in terms for term in rank) / ranks
-    raw = sum(float(term.value) for rank in terms for term in rank) / (ranks * accumulation)
+    loss = sum(float(total_loss([term], accumulation)) for term in terms) / ranks
+    raw = sum(float(term.value) for term in terms) / (ranks * accumulation)
     mean = math.fsum(tokens) / max(len(tokens), 1)
     assert loss == pytest.approx(weight * mean, rel=1e-5, abs=1e-4 * weight)  # the token count enters in fp32
     assert raw == pytest.approx(mean, rel=1e-5, abs=1e-4)
 
 
-@given(st.lists(st.lists(values, min_size=3, max_size=3), min_size=1, max_size=3), weights)
-def test_batch_mean_counts_every_micro_batch_alike(step: list[list[float]], weight: float) -> None:
-    """Summed over micro-batches and averaged over ranks: the mean over micro-batches and ranks."""
-    terms = [[batch_mean("t", scalar(value), weight, len(rank)) for value in rank] for rank in step]
-    loss = sum(float(term.loss) for rank in terms for term in rank) / len(step)
+@given(st.lists(st.lists(values, min_size=3, max_size=3), min_size=1, max_size=3), weights, weights)
+def test_the_loss_counts_every_micro_batch_alike(step: list[list[float]], weight: float, other: float) -> None:
+    """Summed over micro-batches and averaged over ranks: the weighted means over micro-batches and ranks."""
+    losses = [
+        float(total_loss([Term("t", scalar(value), weight), Term("u", scalar(1.0), other)], 3))
+        for rank in step
+        for value in rank
+    ]
     mean = math.fsum(value for rank in step for value in rank) / (3 * len(step))
-    assert loss == pytest.approx(weight * mean, rel=1e-9, abs=1e-9 * weight)
-
-
-@given(values, weights, st.integers(1, 64))
-def test_what_is_logged_is_what_enters_the_loss(value: float, weight: float, accumulation: int) -> None:
-    term = batch_mean("t", scalar(value), weight, accumulation)
-    assert float(term.loss) * accumulation == pytest.approx(float(term.value) * term.weight, abs=1e-9)
+    expected = weight * mean + other
+    assert math.fsum(losses) / len(step) == pytest.approx(expected, rel=1e-9, abs=1e-9 * max(weight, other))
 
 
 @given(st.sampled_from([math.nan, math.inf, -math.inf]), st.integers(0, 10**6), st.text(min_size=1, max_size=9))
@@ -73,7 +72,7 @@ def test_finite(value: float) -> None:
 
 
 def test_gradient() -> None:
-    """A term's gradient is weight times share times its value's."""
+    """Of a micro-batch's loss: weight times the value's, as a share of the step's tokens, undone what DDP averages."""
     x = torch.tensor(2.0, requires_grad=True)
-    token_mean("t", x * 3, 0.5, torch.tensor(6), 2, 4).loss.backward()
+    total_loss([token_mean("t", x * 3, 0.5, torch.tensor(6), 2, 4)], 4).backward()
     assert x.grad == pytest.approx(3 * 0.5 * 2 / 6)
