@@ -46,13 +46,17 @@ def score_answers(logits: Tensor, labels: Tensor) -> Answers:
     return Answers(nll, scored.sum(1), ~wrong.any(1))
 
 
+PLATEAU = 10
+"""Iterations in which a value rises no more before it counts as found: it rests at lesser eigenvalues on its way."""
+
+
 class SpectralNorms(NamedTuple):
     """Result of a power iteration.
 
     Attributes:
         values: shape (batch,); lower bounds on the norms, each of which rises from iteration to iteration.
         iterations: products with the matrices that were taken.
-        converged: whether the last iteration changed a value by no more than the tolerance; shape (batch,), bool.
+        converged: whether a value rose by no more than the tolerance in `PLATEAU` iterations; shape (batch,), bool.
     """
 
     values: Tensor
@@ -66,19 +70,19 @@ def spectral_norms(
     """Largest absolute eigenvalue of each of a batch of symmetric matrices, by power iteration.
 
     v ← Hv / ‖Hv‖, and ‖Hv‖ is the estimate. It needs no sign, so that eigenvalues λ and -λ of one size do no harm.
+    A value that is found stays, whatever the others still need, so that it does not depend on them.
 
     Args:
         product: from v, shape (batch, ...), to the products H_b v_b, of the same shape.
         start: first v, nonzero in every row; of any length.
-        max_iterations: at least 2.
-        tolerance: relative change of a value from one iteration to the next at which it counts as found; stops when
-            all are.
+        max_iterations: at least 1; none is found before `PLATEAU` + 1.
+        tolerance: relative rise of a value in `PLATEAU` iterations at which it counts as found; stops when all are.
 
     Raises:
         ValueError: a value out of range.
     """
-    if max_iterations < 2:
-        raise ValueError(f"max_iterations={max_iterations} must be at least 2: convergence is a change between two.")
+    if max_iterations < 1:
+        raise ValueError(f"max_iterations={max_iterations} must be at least 1; 100 is usual.")
     if not 0 < tolerance < 1:
         raise ValueError(f"tolerance={tolerance} must lie between 0 and 1; 1e-3 is usual.")
 
@@ -92,15 +96,16 @@ def spectral_norms(
 
     vector, values = scaled(start, norms(start)), start.new_zeros(start.shape[0])
     converged = torch.zeros_like(values, dtype=torch.bool)
-    iteration = 0
-    while iteration < max_iterations and not converged.all():
-        vector, previous = product(vector), values
-        values = norms(vector)
-        vector = scaled(vector, values)
-        iteration += 1
-        if iteration > 1:
-            converged = (values - previous).abs() <= tolerance * values
-    return SpectralNorms(values, iteration, converged)
+    history: list[Tensor] = []
+    while len(history) < max_iterations and not converged.all():
+        vector = product(vector)
+        length = norms(vector)
+        vector = scaled(vector, length)
+        values = torch.where(converged, values, length)
+        history.append(values)
+        if len(history) > PLATEAU:
+            converged |= values - history[-1 - PLATEAU] <= tolerance * values
+    return SpectralNorms(values, len(history), converged)
 
 
 def token_scale(embeddings: Tensor) -> Tensor:

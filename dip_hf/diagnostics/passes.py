@@ -142,13 +142,25 @@ class EmbeddingPass:
         return self.embedding(batch.input_ids).detach().clone()
 
     def logits(self, batch: Batch, embeddings: Tensor) -> Tensor:
-        """Shape (batch, length, vocabulary); differentiable in `embeddings`."""
+        """Shape (batch, length, vocabulary); differentiable in `embeddings`.
+
+        Raises:
+            ValueError: a prompt-learning adapter has put tokens in front.
+        """
         # By hook and not as inputs_embeds: some models need the ids as well
         handle = self.embedding.register_forward_hook(lambda module, args, output: embeddings)
         try:
-            return self.model(input_ids=batch.input_ids, attention_mask=batch.valid.long(), use_cache=False).logits
+            output = self.model(input_ids=batch.input_ids, attention_mask=batch.valid.long(), use_cache=False)
         finally:
             handle.remove()
+        logits: Tensor = output.logits
+        if logits.shape[1] != batch.input_ids.shape[1]:
+            raise ValueError(
+                f"model: its logits have {logits.shape[1]} positions for {batch.input_ids.shape[1]} tokens, as where "
+                "a prompt-learning adapter puts tokens in front, which the diagnostics do not know; give an adapter "
+                "of another kind."
+            )
+        return logits
 
     @contextmanager
     def twice_differentiable(self) -> Iterator[None]:

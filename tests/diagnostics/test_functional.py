@@ -48,7 +48,18 @@ def test_spectral_norm_of_opposite_eigenvalues_and_of_zero() -> None:
     assert found.converged.all() and found.values.tolist() == pytest.approx([3.0, 0.0], rel=1e-5)
 
 
-@pytest.mark.parametrize(("iterations", "tolerance", "field"), [(1, 0.1, "max_iterations=1"), (9, 0.0, "tolerance=0")])
+def test_spectral_norms_pass_a_plateau_and_do_not_depend_on_one_another() -> None:
+    """A start that lies almost along a lesser eigenvector: its value seems to stand still before it rises again."""
+    diagonals = torch.tensor([[1.0, 1.5, 0.1], [2.0, 0.3, 0.1], [1.0, 0.99, 0.98]], dtype=torch.float64)
+    start = torch.tensor([[1.0, 1e-2, 1e-2]], dtype=torch.float64).repeat(3, 1)
+    together = spectral_norms(lambda v: diagonals * v, start, 1000, 1e-3)
+    alone = [spectral_norms(lambda v, h=h: h * v, start[:1], 1000, 1e-3) for h in diagonals]
+    assert together.converged.all() and torch.equal(together.values, torch.cat([found.values for found in alone]))
+    assert together.values.tolist() == pytest.approx([1.5, 2.0, 1.0], rel=1e-3)
+    assert together.iterations == max(found.iterations for found in alone)
+
+
+@pytest.mark.parametrize(("iterations", "tolerance", "field"), [(0, 0.1, "max_iterations=0"), (9, 0.0, "tolerance=0")])
 def test_spectral_norms_refuse(iterations: int, tolerance: float, field: str) -> None:
     with pytest.raises(ValueError, match=field):
         spectral_norms(lambda v: v, torch.ones(1, 2), iterations, tolerance)

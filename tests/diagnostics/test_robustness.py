@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PromptTuningConfig, get_peft_model
 from torch import Tensor
 
 from dip_hf import NoiseKey
@@ -24,6 +25,12 @@ def answer_nll(model: Any, batch: dict[str, Tensor], row: int, x: Tensor) -> Ten
     labels = batch["labels"][row, : x.shape[0]]
     log_p = model(inputs_embeds=x[None], use_cache=False).logits[0].log_softmax(-1)
     return -sum(log_p[t - 1, labels[t]] for t in range(1, x.shape[0]) if labels[t] != -100)
+
+
+def test_tokens_that_an_adapter_puts_in_front(batch: dict[str, Tensor]) -> None:
+    model = get_peft_model(models.build(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(ValueError, match=r"logits have 11 positions for 9 tokens, as where a prompt-learning adapter"):
+        measure(model, [batch])
 
 
 def test_fgsm_is_the_plain_one(batch: dict[str, Tensor]) -> None:
