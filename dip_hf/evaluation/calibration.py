@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 
 
@@ -70,7 +71,6 @@ def expected_calibration_error(confidences: ArrayLike, correct: ArrayLike, bins:
         ImportError: torchmetrics is not installed.
     """
     try:
-        import torch
         from torchmetrics.functional.classification import binary_calibration_error
     except ImportError as error:
         raise ImportError(_MISSING.format("torchmetrics")) from error
@@ -217,7 +217,7 @@ def _per_value(counts: NDArray[np.int64], owners: NDArray[np.int64], size: int) 
 def _bin_of(scores: _Array, bins: int) -> NDArray[np.int64]:
     if bins < 1:
         raise ValueError(f"bins={bins} must be at least 1")
-    edges = np.linspace(0, 1, bins + 1)
+    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64).numpy()  # torchmetrics', of which numpy's differ
     return np.minimum(np.searchsorted(edges, scores, side="right") - 1, bins - 1)
 
 

@@ -32,6 +32,8 @@ except ImportError as error:
     raise ImportError("dip_hf.evaluation needs lm-eval: install dip_hf with its extra 'eval'") from error
 
 
+_DRAWN = ("do_sample", "num_beams")
+"""Ways to generate that an average of samples has not."""
 _LETTER = "x"  # stands for a text that another one continues
 
 
@@ -163,9 +165,10 @@ class DIPLM(HFLM):
         if sampler is None and self.temperature == 1.0:
             return super()._model_generate(context, max_length, stop, **generation_kwargs)
         if generation_kwargs.get("do_sample") or generation_kwargs.get("num_beams", 1) > 1:
+            asked = [f"{name}={generation_kwargs[name]}" for name in _DRAWN if name in generation_kwargs]
             raise ValueError(
-                f"num_samples={self.num_samples}, temperature={self.temperature} generate greedily, got "
-                f"generation_kwargs {generation_kwargs}: remove do_sample and num_beams, or predict by one plain pass"
+                f"{', '.join(asked)}: with num_samples={self.num_samples} and a model at temperature="
+                f"{self.temperature} answers are generated greedily; leave these out, or predict by one plain pass"
             )
         if sampler is None:
             return super()._model_generate(context, max_length, stop, **generation_kwargs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,27 +12,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from dip_hf.dipnet import DIPNetModel
+from dip_hf.ibvi.functional import average_log_probabilities
 from dip_hf.loading import check_loaded_whole
 from dip_hf.noise import NoiseKey, derive_seed
 from dip_hf.peft_compat import LoraLayer
-
-
-def average_log_probabilities(logits: Tensor, num_samples: int) -> Tensor:
-    """Log of the mean over samples of the next-token probabilities: logsumexp_j log_softmax(logits_j) - ln k.
-
-    Args:
-        logits: shape (k · batch, ..., vocabulary), sample-major: row j · batch + b is sample j of row b.
-        num_samples: k ≥ 1.
-
-    Returns:
-        Normalised log-probabilities in fp32, shape (batch, ..., vocabulary).
-    """
-    # One sample at a time: a large vocabulary's log-probabilities in fp32 are not to exist k times at once
-    first, *others = logits.chunk(num_samples)
-    total = first.log_softmax(dim=-1, dtype=torch.float32)
-    for sample in others:
-        total = torch.logaddexp(total, sample.log_softmax(dim=-1, dtype=torch.float32))
-    return total - math.log(num_samples)
 
 
 class Sampler(ABC):

@@ -28,16 +28,19 @@ def make_folder(folder: str | Path) -> Path:
 def write_report(report: Report, folder: str | Path) -> list[Path]:
     """Write report.json, report.md and report.png into `folder`, made where it is missing; return their paths.
 
-    With calibration also report_calibration.png.
+    With calibration also report_calibration.png; without, that of an earlier report is removed.
     """
     folder = make_folder(folder)
     paths = [folder / f"report.{suffix}" for suffix in ("json", "md", "png")]
     part = folder / "report.json.part"
     part.write_text(to_json(report), encoding="utf-8")
     part.replace(paths[0])  # whole or not at all: the one before holds finished checkpoints
+    diagram = folder / "report_calibration.png"
     if report.calibration:
-        paths.append(folder / "report_calibration.png")
-        draw_calibration(report, paths[3])
+        paths.append(diagram)
+        draw_calibration(report, diagram)
+    else:
+        diagram.unlink(missing_ok=True)
     paths[1].write_text(to_markdown(report, *(path.name for path in paths[2:])), encoding="utf-8")
     draw(report, paths[2])
     return paths

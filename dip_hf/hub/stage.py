@@ -164,7 +164,8 @@ def _stage_lora(run: FinishedRun, work: Path, staging: Staging) -> str | None:
 
 
 def _stage_merged(run: FinishedRun, target: Path, staging: Staging) -> None:
-    from transformers import AutoModelForCausalLM  # a push without a merged model loads no model
+    from peft.tuners.lora import LoraLayer  # a push without a merged model loads no model
+    from transformers import AutoModelForCausalLM
 
     from dip_hf.loading import load_adapter
 
@@ -179,6 +180,12 @@ def _stage_merged(run: FinishedRun, target: Path, staging: Staging) -> None:
             "on the Hub that you can read, and be online, or push without merged"
         ) from error
     model = load_adapter(loaded, run.folder)
+    ends = [loaded.get_input_embeddings(), loaded.get_output_embeddings()]
+    if ends[1] is not None and ends[0].weight is ends[1].weight and any(isinstance(end, LoraLayer) for end in ends):
+        raise ValueError(
+            f"merged=True: the adapter changes the embeddings, which {base} shares with its head, and merging would "
+            "change both; push without merged"
+        )
     model.merge_and_unload().save_pretrained(target)
     made = {path.name: path for path in sorted(target.iterdir())}
     files = _found(run.folder, _TOKENIZER_FILES) | made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from contextlib import nullcontext
 
 import torch
@@ -98,3 +99,21 @@ def project(x: Tensor, weights: Tensor) -> Tensor:
     if len(weights) == 1:
         return F.linear(x, weights[0])
     return torch.bmm(x.reshape(len(weights), -1, x.shape[-1]), weights.mT).view(*x.shape[:-1], weights.shape[1])
+
+
+def average_log_probabilities(logits: Tensor, num_samples: int) -> Tensor:
+    """Log of the mean over samples of the next-token probabilities: logsumexp_j log_softmax(logits_j) - ln k.
+
+    Args:
+        logits: shape (k · batch, ..., vocabulary), sample-major: row j · batch + b is sample j of row b.
+        num_samples: k ≥ 1.
+
+    Returns:
+        Normalised log-probabilities in fp32, shape (batch, ..., vocabulary).
+    """
+    # One sample at a time: a large vocabulary's log-probabilities in fp32 are not to exist k times at once
+    first, *others = logits.chunk(num_samples)
+    total = first.log_softmax(dim=-1, dtype=torch.float32)
+    for sample in others:
+        total = torch.logaddexp(total, sample.log_softmax(dim=-1, dtype=torch.float32))
+    return total - math.log(num_samples)

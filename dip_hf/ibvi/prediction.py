@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from dip_hf.ibvi.functional import average_log_probabilities
 from dip_hf.noise import NoiseKey
 from dip_hf.peft_compat import DIPPeftType
 
@@ -50,8 +51,4 @@ def posterior_predictive(model: PeftModel, batch: Mapping[str, Any], num_samples
     finally:
         for module, training in modes.items():  # a PEFT model is born with some in training mode
             module.training = training
-    samples = logits.unflatten(0, (num_samples, -1))
-    total = torch.zeros_like(samples[0], dtype=torch.float32)
-    for sample in samples:  # one by one: all of them in fp32 would be the largest tensor of the pass
-        total += sample.float().softmax(-1)
-    return total / num_samples
+    return average_log_probabilities(logits, num_samples).exp()

@@ -120,6 +120,9 @@ class AdapterArguments(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # TRL makes a text of a list of one, which PEFT takes for a pattern of whole names, as `all-linear` is to be
+        if isinstance(self.lora_target_modules, str) and self.lora_target_modules.isidentifier():
+            self.lora_target_modules = [self.lora_target_modules]
         if self.adapter not in ADAPTERS:
             raise ValueError(_bad_choice("adapter", self.adapter, ADAPTERS))
         if self.use_peft and self.adapter == "none":

@@ -263,12 +263,13 @@ def _describe_steps(rows: int | None, training: DIPSFTConfig) -> Iterator[str]:
 
 def _describe_optimizer(model: nn.Module, training: DIPSFTConfig) -> Iterator[str]:
     name, schedule = OptimizerNames(training.optim).value, SchedulerType(training.lr_scheduler_type).value
-    yield f"optimiser   {name}, {schedule} schedule; groups:"
+    yield f"optimiser   {schedule} schedule; groups:"
     for group in optimizer_groups(model, training):
         size = sum(parameter.numel() for parameter in group["params"])
+        own = f"SGD with momentum {group['momentum']:g}" if "momentum" in group else name
         yield (
-            f"            {size:,} parameters in {len(group['params'])} tensors, learning rate {group['lr']:g}, "
-            f"weight decay {group['weight_decay']:g}"
+            f"            {own}: {size:,} parameters in {len(group['params'])} tensors, "
+            f"learning rate {group['lr']:g}, weight decay {group['weight_decay']:g}"
         )
 
 

@@ -272,6 +272,7 @@ def own_config(args: TrainingArguments) -> DIPSFTConfig:
             f"args={type(args).__name__} has the fields {', '.join(unknown)}, which DIPSFTConfig lacks; give a "
             "DIPSFTConfig, or a class of your own that is derived from it."
         )
-    # What `to_dict` hides or loses: whatever is called a token, the tokenizer's own too, and what has no JSON
-    kept = {name: value for name, value in given.items() if name.endswith("_token") or name == "parallelism_config"}
-    return DIPSFTConfig(**{**copy.deepcopy(args).to_dict(), **kept})  # it writes into `model_init_kwargs`
+    shared = {"parallelism_config": given["parallelism_config"]}  # holds processes, which have no copy
+    return DIPSFTConfig(
+        **copy.deepcopy({name: value for name, value in given.items() if name not in shared}), **shared
+    )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from dip_hf.dipnet.config import DIPNetConfig
 from dip_hf.dipnet.layer import LOG_VARIANCE
 from dip_hf.dres import DReSBranch
 from dip_hf.ibvi.layer import COVARIANCE
@@ -31,22 +33,40 @@ _OF_POSTERIOR = ("variational_optimizer", "variational_learning_rate")
 
 
 def warn_of_idle_fields(model: nn.Module, args: DIPSFTConfig) -> None:
-    """Warn of what was asked of DIPNet or IBVI where the adapter has none: LoRA as a baseline is no mistake, to have
-    forgotten `DIPNetConfig` or one of its fields is one.
+    """Warn of what was asked of a method that is off: LoRA as a baseline is no mistake, to have forgotten
+    `DIPNetConfig`, one of its fields or a weight is one.
 
     Args:
         model: the trained one, with its adapter.
         args: of the trainer; a field says something where it has another value than by default.
     """
-    fields = DIPSFTConfig.__dataclass_fields__
-    for present, names, lacking in (
+    names = DIPSFTConfig.__dataclass_fields__
+    for present, of_method, lacking in (
         (own_parameters(model), _OF_ADAPTER, "DIPNet adapter; pass peft_config=DIPNetConfig(...)"),
         (trainable(model, LOG_VARIANCE), _OF_LEARNED_NOISE, "noise that learns; see DIPNetConfig(noise_blocks=...)"),
         (trainable(model, COVARIANCE), _OF_POSTERIOR, "posterior; set DIPNetConfig(variational_rank=...)"),
     ):
-        asked = [f"{name}={getattr(args, name)}" for name in names if getattr(args, name) != fields[name].default]
+        asked = _asked(args, of_method)
         if asked and not present:
-            warnings.warn(f"{' and '.join(asked)} without effect: the model has no {lacking}.", stacklevel=3)
+            warnings.warn(f"{asked} without effect: the model has no {lacking}.", stacklevel=3)
+    off = [
+        (args, [name for name in names if name.startswith("dres_")], "dres_weight"),
+        (args, [name for name in names if name.startswith("icp_")], "icp_weight"),
+    ]
+    if isinstance(model, PeftModel):
+        configs = [config for config in model.peft_config.values() if isinstance(config, DIPNetConfig)]
+        off += [(config, ["variational_scale", "variational_blocks"], "variational_rank") for config in configs]
+    for settings, asked_of, strength in off:
+        asked = _asked(settings, asked_of)
+        if asked and getattr(settings, strength) == 0:
+            warnings.warn(f"{asked} without effect: {strength}={getattr(settings, strength)} is off.", stacklevel=3)
+
+
+def _asked(settings: Any, names: Iterable[str]) -> str:
+    """Those fields of a dataclass that have another value than by default."""
+    fields = settings.__dataclass_fields__
+    changed = [name for name in names if getattr(settings, name) != fields[name].default]
+    return " and ".join(f"{name}={getattr(settings, name)}" for name in changed)
 
 
 def warn_of_idle_terms(metrics: Mapping[str, Sequence[float]], args: DIPSFTConfig, dres: DReSBranch | None) -> None:

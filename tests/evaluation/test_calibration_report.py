@@ -128,6 +128,8 @@ def test_text_markdown_and_json_have_every_measure(tmp_path: Path) -> None:
     assert sum(sharp["bins"]["count"]) == 30
     with Image.open(paths[3]) as picture:
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 10
+    write_report(replace(report, calibration=None), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md", "report.png"]
 
 
 def test_without_confidences_the_report_says_nothing_of_calibration() -> None:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dip_hf import DIPNetConfig, NoiseKey
 from dip_hf.evaluation.lm import DIPLM
-from dip_hf.evaluation.sampling import average_log_probabilities
+from dip_hf.ibvi.functional import average_log_probabilities
 
 
 PROMPTS = ["Compute: 7 + 9\nAnswer:", "Spell backward: dipolar\nAnswer:", "Compute: 1 + 1\nAnswer:"]
@@ -168,7 +168,7 @@ def test_generation_leaves_the_noise_off_behind_it(base_folder: str, dipnet_fold
 
 def test_sampling_tokens_from_an_average_is_refused(base_folder: str, dipnet_folder: str) -> None:
     model = load(DIPLM, base_folder, dipnet_folder, num_samples=2)
-    with pytest.raises(ValueError, match=r"num_samples=2, .* generate greedily.*do_sample"):
+    with pytest.raises(ValueError, match=r"^do_sample=True: with num_samples=2 .* greedily"):
         model._model_generate(torch.ones(1, 3, dtype=torch.long), 5, stop=["\n"], do_sample=True, temperature=1.0)
 
 
@@ -177,7 +177,7 @@ def test_likelihoods_at_a_temperature_and_generation_without(base_folder: str, l
     tokens = torch.randint(0, 200, (2, 9))
     torch.testing.assert_close(warm._model_call(tokens), plain._model_call(tokens) / 2, rtol=0, atol=0)
     assert generate(warm) == generate(plain)
-    with pytest.raises(ValueError, match=r"temperature=2.0 generate greedily.*do_sample"):
+    with pytest.raises(ValueError, match=r"temperature=2.0 answers are generated greedily"):
         warm._model_generate(tokens, 12, stop=["\n"], do_sample=True)
 
 

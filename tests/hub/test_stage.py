@@ -87,6 +87,21 @@ def test_the_merged_model_computes_what_the_adapter_does(base_folder: Path, tmp_
     assert 'subfolder="merged"' in staging.files["README.md"].read_text()
 
 
+def test_merging_into_embeddings_that_are_the_head_too_is_refused(base_folder: Path, tmp_path: Path) -> None:
+    """The sum would go into both."""
+    tied = AutoModelForCausalLM.from_pretrained(base_folder)
+    tied.config.tie_word_embeddings = True
+    tied.tie_weights()
+    shutil.copytree(base_folder, tmp_path / "base")
+    tied.save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"], task_type="CAUSAL_LM")
+    with pytest.warns(UserWarning, match="tie_word_embeddings"):
+        save_adapter(tmp_path / "base", tmp_path / "run", config)
+        message = r"merged=True: the adapter changes the embeddings, which .* shares with its head.* without merged"
+        with pytest.raises(ValueError, match=message):
+            staged(tmp_path / "run", tmp_path / "work", base_model=BASE, merged=True)
+
+
 def test_merging_takes_no_local_path_for_a_name_on_the_hub(
     base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

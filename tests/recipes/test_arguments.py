@@ -75,6 +75,17 @@ def test_adapters_become_peft_configs(tmp_path: Path) -> None:
     assert parse(path, "--adapter", "none")[2].peft_config() is None
 
 
+@pytest.mark.parametrize("adapter", ["dipnet", "lora"])
+def test_one_target_is_a_name_and_no_pattern(adapter: str, tmp_path: Path) -> None:
+    """TRL makes a text of a list of one, which PEFT would match against whole names."""
+    path = write(tmp_path, lora_target_modules=["q_proj"])
+    assert parse(path, "--adapter", adapter)[2].peft_config().target_modules == {"q_proj"}
+    words = ("--lora_target_modules", "k_proj", "--adapter", adapter)
+    assert parse(path, *words)[2].peft_config().target_modules == {"k_proj"}
+    pattern = r".*\.[qk]_proj"
+    assert parse(path, "--lora_target_modules", pattern)[2].peft_config().target_modules == pattern
+
+
 def test_an_empty_list_of_targets_leaves_noise_alone(tmp_path: Path) -> None:
     assert parse(write(tmp_path, lora_target_modules=[]))[2].peft_config().noise_only
     path = write(tmp_path, lora_target_modules=["q_proj"])

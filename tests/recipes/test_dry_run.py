@@ -58,7 +58,7 @@ def test_every_gsm8k_config(path: Path, no_network: None) -> None:
     text = describe("--config", str(path))
     assert "would load openai/gsm8k main" in text
     assert "468 (1 epochs)" in text
-    assert "adamw_torch_fused, cosine" in text
+    assert "cosine schedule; groups:\n            adamw_torch_fused: " in text
     assert "learning rate 0.0005" in text and "learning rate 0.001, weight decay 0" in text
     # The vision tower of a Gemma has layers too, and gets neither noise nor LoRA
     assert "vision" not in text
@@ -77,6 +77,14 @@ def test_the_baseline_differs_by_its_noise_alone(no_network: None) -> None:
     assert "29,933,568 parameters in 504 tensors" in lora and "29,933,568 parameters in 504 tensors" in dipnet
     assert f"{36 * 2048:,} parameters in 36 tensors" in dipnet
     assert "noise " not in lora
+
+
+def test_a_posterior_is_trained_by_sgd(no_network: None) -> None:
+    words = ["--config", str(ROOT / "recipes" / "configs" / "gsm8k_qwen2.5_3b.yaml"), "--variational_rank", "2"]
+    hybrid = describe(*words).partition("groups:")[2].splitlines()[1:4]
+    assert [line.split(":")[0].strip() for line in hybrid] == ["adamw_torch_fused"] * 2 + ["SGD with momentum 0.9"]
+    faithful = describe(*words, "--noise_blocks", "0", "--variational_optimizer", "faithful").partition("groups:")[2]
+    assert "SGD with momentum 0.9" in faithful and "adamw" not in faithful
 
 
 def test_trajectories_share_the_blocks_below_the_noise(no_network: None) -> None:

@@ -88,6 +88,9 @@ def test_dipnets_objective_without_its_adapter(tmp_path: Path) -> None:
     [
         ({}, {"variational_learning_rate": 0.5}, "variational_learning_rate=0.5 without effect: .* no posterior; set"),
         ({"learn_noise": False}, {"penalty_unit": "absolute"}, "penalty_unit=absolute without effect: .* that learns"),
+        ({"variational_scale": 1.0}, {}, "variational_scale=1.0 without effect: variational_rank=0 is off"),
+        ({}, {"dres_share": 1.0, "dres_group_size": 4}, "dres_group_size=4 and dres_share=1.0 .* dres_weight=0.0 is"),
+        ({}, {"icp_steps": 3}, "icp_steps=3 without effect: icp_weight=0.0 is off"),
     ],
 )
 def test_fields_of_what_the_adapter_lacks(
