@@ -25,7 +25,7 @@ def test_spectral_norms_are_numpys(seed: int, batch: int, size: int) -> None:
     # A start without the sought eigenvector in it stands still at another one.
     along = np.einsum("bi,bi->b", vectors[np.arange(batch), :, largest], start.numpy())
     assume((np.abs(along) > 1e-3 * np.linalg.norm(start.numpy(), axis=1)).all())
-    found = spectral_norms(lambda v: torch.einsum("bij,bj->bi", h, v), start, 20_000, 1e-12)
+    found = spectral_norms(lambda v: torch.einsum("bij,bj->bi", h, v), start, 20_000, 1e-11)
     assert found.converged.all()
     np.testing.assert_allclose(found.values.numpy(), exact, rtol=1e-4)
     assert (found.values.numpy() <= exact * (1 + 1e-12)).all()

@@ -50,7 +50,7 @@ def test_norms_are_those_of_the_explicit_derivatives(family: str, attention: str
         hessians.append(torch.linalg.eigvalsh(hessian).abs().max().item())
         units.append(x.square().mean().sqrt().item())
     model.set_attn_implementation(attention)
-    found = smoothness(model, [batch], max_iterations=1000, tolerance=1e-5)  # norm layers compute in fp32
+    found = smoothness(model, [batch], max_iterations=1000, tolerance=1e-4)  # norm layers compute in fp32
     assert found["gradient_norm_mean"] == pytest.approx(sum(gradients) / 2, rel=1e-6)
     assert found["gradient_norm_max"] == pytest.approx(max(gradients), rel=1e-6)
     assert found["hessian_norm_mean"] == pytest.approx(sum(hessians) / 2, rel=3e-3)
@@ -68,7 +68,7 @@ def test_norms_are_those_of_finite_differences(batch: dict[str, Tensor]) -> None
     model = models.build("gpt2", num_hidden_layers=1, hidden_size=8, initializer_range=0.5).double()
     model.set_attn_implementation("sdpa")
     row = {name: value[2:] for name, value in batch.items()}
-    found = smoothness(model, [row], max_iterations=1000, tolerance=1e-7)
+    found = smoothness(model, [row], max_iterations=1000, tolerance=1e-6)
     loss, x = losses(model, batch, 2)
     steps = 1e-4 * torch.eye(x.numel(), dtype=x.dtype).view(-1, *x.shape)
 
