@@ -202,7 +202,7 @@ def make_point(module: nn.Module, adapter_name: str) -> None:
 
 
 def active_posteriors(layer: LoraLayer) -> list[Covariance]:
-    """The posteriors of one LoRA layer that a sampled forward pass would draw from now."""
+    """The posteriors of one LoRA layer that a sampled forward pass would draw from now; points are among them."""
     module: Any = layer
     if not covariances(module) or module.disable_adapters or module.merged:
         return []
