@@ -164,10 +164,10 @@ def _stage_lora(run: FinishedRun, work: Path, staging: Staging) -> str | None:
 
 
 def _stage_merged(run: FinishedRun, target: Path, staging: Staging) -> None:
-    from peft.tuners.lora import LoraLayer  # a push without a merged model loads no model
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM  # a push without a merged model loads no model
 
     from dip_hf.loading import load_adapter
+    from dip_hf.peft_compat import LoraLayer
 
     # What it was trained on, where that is here; a path that is not here may be a stranger's name on the Hub
     base = local_base(run.adapter.get("base_model_name_or_path") or "", run.folder) or run.base_model

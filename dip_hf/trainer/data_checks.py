@@ -98,7 +98,7 @@ def check_columns(name: str, dataset: object, args: SFTConfig) -> None:
     if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom" or options.get("skip_prepare_dataset"):
         return
     text = args.dataset_text_field
-    if not {text, *_TEXTS[:4], "conversations"} & set(dataset.column_names):
+    if not {text, *_CONVERSATIONS, "conversations", "input_ids"} & set(dataset.column_names):
         raise ValueError(
             f"{name} has the columns {', '.join(dataset.column_names)}, of which none is read: rename them to prompt "
             f"and completion, messages or {text!r} (dataset_text_field), or give formatting_func."
