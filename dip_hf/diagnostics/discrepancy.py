@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dip_hf.diagnostics.passes import DEFAULT_KEY, EmbeddingPass, noise_free, prepare_batches
-from dip_hf.dres import DReSBranch
+from dip_hf.dres import DReSBranch, DReSOptions
 from dip_hf.dres.functional import affine_error, coding_matrices
 from dip_hf.noise import NoiseKey
 
@@ -41,7 +41,8 @@ def reconstruction_errors(
         coding_matrices(group_size, size)  # refuses before anything runs
     forward = EmbeddingPass(model)
     branches = {
-        size: DReSBranch(forward.base, group_size=group_size, oversampling=size / group_size) for size in coded_sizes
+        size: DReSBranch(forward.base, DReSOptions(group_size=group_size, oversampling=size / group_size, share=1.0))
+        for size in coded_sizes
     }
     totals = dict.fromkeys(coded_sizes, 0.0)
     groups = 0

@@ -2,6 +2,7 @@
 
 from dip_hf.dres.branch import DReSBranch
 from dip_hf.dres.coded_pass import DReSRecord
+from dip_hf.dres.options import DReSOptions
 
 
-__all__ = ["DReSBranch", "DReSRecord"]
+__all__ = ["DReSBranch", "DReSOptions", "DReSRecord"]

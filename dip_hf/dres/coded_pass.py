@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dip_hf.dres.functional import decode, group_permutation, reconstruction_error
+from dip_hf.dres.options import DReSOptions
 from dip_hf.second_pass import IN_SECOND_PASS, Surroundings, fit_mask
 
 
@@ -44,10 +45,6 @@ class DReSRecord:
         return torch.stack([error.to(device) for error in errors]).mean()
 
 
-GRADIENTS = ("scale_free", "all", "coded")
-"""What of the error has a gradient: f(x), what decodes to it, and the variance; all but that; the second alone."""
-
-
 def _again(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     IN_SECOND_PASS.set(True)
     return function(*args, **kwargs)
@@ -68,31 +65,16 @@ class CodedPass(ABC):
 
     Args:
         modules: the coded submodules by name, in order of depth.
-        group_size: K.
-        coded_size: N.
-        share: share of the groups that are coded, rounded up to a whole group.
+        options: as for `DReSBranch`.
         key: `NoiseKey.tensor()`, which the groups depend on.
         mask: valid positions, shape (batch, length), bool; None for all.
-        gradient: of the error, one of `GRADIENTS`.
     """
 
-    def __init__(
-        self,
-        modules: dict[str, nn.Module],
-        group_size: int,
-        coded_size: int,
-        share: float,
-        key: Tensor,
-        mask: Tensor | None,
-        gradient: str,
-    ) -> None:
+    def __init__(self, modules: dict[str, nn.Module], options: DReSOptions, key: Tensor, mask: Tensor | None) -> None:
         self.modules = modules
-        self.group_size = group_size
-        self.coded_size = coded_size
-        self.share = share
+        self.options = options
         self.key = key
         self.mask = mask
-        self.gradient = gradient
         self.record = DReSRecord()
 
     @abstractmethod
@@ -105,19 +87,19 @@ class CodedPass(ABC):
 
     def all_groups(self, count: int) -> Tensor:
         """Indices of `count` samples in groups, shape (K, G), on the CPU; `count` % K random ones are left out."""
-        return group_permutation(self.key, count)[: count - count % self.group_size].unflatten(
-            0, (self.group_size, -1)
+        return group_permutation(self.key, count)[: count - count % self.options.group_size].unflatten(
+            0, (self.options.group_size, -1)
         )
 
     def choose_groups(self, count: int, device: torch.device) -> Tensor:
         """Indices of the samples in the coded groups, shape (K · C,), K-major: a random share of all groups."""
         groups = self.all_groups(count)
-        self.record.groups = min(groups.shape[1], max(1, math.ceil(round(self.share * groups.shape[1], 9))))
+        self.record.groups = min(groups.shape[1], max(1, math.ceil(round(self.options.share * groups.shape[1], 9))))
         return groups[:, : self.record.groups].flatten().to(device)
 
     def compare(self, name: str, outputs: Tensor, coded: Tensor, valid: Tensor | None = None) -> None:
         """Note the error of f(x_k), shape (K, ..., d), against what f(coded), shape (N, ..., d), decodes to."""
-        target = outputs.detach() if self.gradient == "coded" else outputs
-        decoded = decode(coded, self.group_size)
-        scale_free = self.gradient == "scale_free"
+        target = outputs.detach() if self.options.gradient == "coded" else outputs
+        decoded = decode(coded, self.options.group_size)
+        scale_free = self.options.gradient == "scale_free"
         self.record.errors[name] = reconstruction_error(target, decoded, valid, detach_variance=not scale_free)

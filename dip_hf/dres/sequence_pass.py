@@ -91,8 +91,8 @@ class SequencePass(CodedPass):
         valid = None if mask is None else self._group(mask, order).all(0)
         self.compared = valid
         coded = rerun(self.surroundings, self._run_coded, order)
-        self.compare(name, self._group(outputs, order), coded.unflatten(0, (self.coded_size, -1)), valid)
-        if mask is not None and valid is not None and self.share < 1:
+        self.compare(name, self._group(outputs, order), coded.unflatten(0, (self.options.coded_size, -1)), valid)
+        if mask is not None and valid is not None and self.options.share < 1:
             # A mean over the places of all groups, estimated without bias: not a quotient of two random sums.
             everything = self.all_groups(outputs.shape[0])
             per_group = self._group(mask, everything.flatten().to(mask.device)).all(0).sum() / everything.shape[1]
@@ -105,11 +105,13 @@ class SequencePass(CodedPass):
 
         Below the block that folds DIPNet's trajectories in there are fewer rows: row b stands for rows j · batch + b.
         """
-        return rows.index_select(0, (order % rows.shape[0]).to(rows.device)).unflatten(0, (self.group_size, -1))
+        return rows.index_select(0, (order % rows.shape[0]).to(rows.device)).unflatten(
+            0, (self.options.group_size, -1)
+        )
 
     def _encode(self, groups: Tensor) -> Tensor:
         """(K, G, ...) to coded rows, (N · G, ...)."""
-        return encode(groups, self.coded_size).flatten(0, 1)
+        return encode(groups, self.options.coded_size).flatten(0, 1)
 
     def _run_coded(self, order: Tensor) -> Tensor:
         """f(coded rows), shape (N · G, length, d)."""
@@ -180,4 +182,4 @@ class SequencePass(CodedPass):
                 f"dres_placement='sequence': {name!r} differs between the rows of a batch, so that their positions "
                 "cannot be compared; pad on the right, or use dres_placement='token'."
             )
-        return shared.repeat(self.coded_size, *[1] * (shared.dim() - 1))
+        return shared.repeat(self.options.coded_size, *[1] * (shared.dim() - 1))

@@ -64,17 +64,19 @@ class TokenPass(CodedPass):
         if not self.record.groups:
             self.record.errors[name] = outputs.new_zeros((), dtype=torch.float32)
             return
-        coded = encode(self._group(inputs, order), self.coded_size).flatten(0, 1)[None]
+        coded = encode(self._group(inputs, order), self.options.coded_size).flatten(0, 1)[None]
         # `forward` rather than a call: the hooks on the MLP belong to the main branch.
         function = mlp.forward
         if getattr(block, "gradient_checkpointing", False) and block.training:
             function = partial(checkpoint, mlp.forward, use_reentrant=False)
         result = rerun(self.surroundings, function, coded)[0]
-        self.compare(name, self._group(outputs, order), result.unflatten(0, (self.coded_size, -1)))
+        self.compare(name, self._group(outputs, order), result.unflatten(0, (self.options.coded_size, -1)))
 
     def _group(self, tokens: Tensor, order: Tensor) -> Tensor:
         """Shape (K, G, d) from (rows, length, d)."""
-        return tokens.flatten(0, -2).index_select(0, order.to(tokens.device)).unflatten(0, (self.group_size, -1))
+        return (
+            tokens.flatten(0, -2).index_select(0, order.to(tokens.device)).unflatten(0, (self.options.group_size, -1))
+        )
 
     def _tokens(self, inputs: Tensor) -> Tensor:
         """Indices of the grouped tokens among all, shape (K · G,); the same in all blocks with as many rows."""

@@ -104,7 +104,7 @@ def adapt(
         check_one_loss_pass(training, has_loss_function=False)
     dres = None
     if training.dres_weight > 0:
-        dres = DReSBranch(model, **training.dres_options())
+        dres = DReSBranch(model, training.dres_options())
         padding_free = training.padding_free or (training.packing and training.packing_strategy != "wrapped")
         dres.check(training.per_device_train_batch_size, padding_free)
     icp = ICPBranch(model, training.icp_options()) if training.icp_weight > 0 else None
@@ -115,8 +115,9 @@ def _describe_second_passes(dres: DReSBranch | None, icp: ICPBranch | None, trai
     """DReS's and ICP's part of the run."""
     if dres is not None:
         yield (
-            f"DReS        weight {training.dres_weight}, {dres.placement} placement through "
-            f"{', '.join(dres.modules)}, K = {dres.group_size}, N = {dres.coded_size}, {dres.share:g} of the groups"
+            f"DReS        weight {training.dres_weight}, {training.dres_placement} placement through "
+            f"{', '.join(dres.modules)}, K = {training.dres_group_size}, N = {dres.options.coded_size}, "
+            f"{training.dres_share:g} of the groups"
         )
     if icp is not None:
         yield (

@@ -11,8 +11,9 @@ from typing import Any
 from transformers import TrainingArguments
 from trl import SFTConfig
 
-from dip_hf.blocks import check_choice, parse_blocks
-from dip_hf.dres.branch import check_gradient, check_share, coded_size
+from dip_hf.blocks import parse_blocks
+from dip_hf.dres.options import GRADIENTS, PLACEMENTS, DReSOptions
+from dip_hf.icp.functional import DIRECTIONS, POSITIONS, UPDATES, WEIGHTINGS
 from dip_hf.icp.options import ICPOptions
 
 
@@ -97,7 +98,7 @@ class DIPSFTConfig(SFTConfig):
     dres_weight: float = field(default=0.0, metadata={"help": "μ, weight of DReS's reconstruction error; 0 is off."})
     dres_placement: str = field(
         default="token",
-        metadata={"help": "Samples are valid tokens, or rows of the batch.", "choices": ["token", "sequence"]},
+        metadata={"help": "Samples are valid tokens, or rows of the batch.", "choices": list(PLACEMENTS)},
     )
     dres_blocks: str = field(
         default="25%", metadata={"help": "The last blocks by a percentage or a number, 'all', '4,5,6' or a pattern."}
@@ -112,7 +113,7 @@ class DIPSFTConfig(SFTConfig):
         metadata={
             "help": "What of the error has a gradient: all of it (scale_free), all but the variance that divides it "
             "(all), or the coded branch alone (coded).",
-            "choices": ["scale_free", "all", "coded"],
+            "choices": list(GRADIENTS),
         },
     )
     icp_weight: float = field(default=0.0, metadata={"help": "w, weight of ICP's feature loss; 0 is off."})
@@ -120,19 +121,19 @@ class DIPSFTConfig(SFTConfig):
     icp_epsilon: float = field(default=0.03, metadata={"help": "ε, length of a step relative to the RMS."})
     icp_update: str = field(
         default="normalised",
-        metadata={"help": "Direction of a step.", "choices": ["normalised", "sign", "adam"]},
+        metadata={"help": "Direction of a step.", "choices": list(UPDATES)},
     )
     icp_direction: str = field(
         default="descent",
-        metadata={"help": "Down the loss, or a control of it.", "choices": ["descent", "ascent", "random"]},
+        metadata={"help": "Down the loss, or a control of it.", "choices": list(DIRECTIONS)},
     )
-    icp_positions: str = field(default="all", metadata={"help": "Perturbed tokens.", "choices": ["all", "prompt"]})
+    icp_positions: str = field(default="all", metadata={"help": "Perturbed tokens.", "choices": list(POSITIONS)})
     icp_layers: int = field(default=4, metadata={"help": "Number of block outputs compared."})
     icp_start_block: int = field(default=0, metadata={"help": "0: the embeddings; s: the input of block s."})
     icp_interval: int = field(default=1, metadata={"help": "Every n-th optimiser step only."})
     icp_weighting: str = field(
         default="additive",
-        metadata={"help": "(1, w(1-a)) or the paper's (a, w(1-a)).", "choices": ["additive", "paper"]},
+        metadata={"help": "(1, w(1-a)) or the paper's (a, w(1-a)).", "choices": list(WEIGHTINGS)},
     )
     icp_warmup: float = field(default=0.25, metadata={"help": "Share of the run before the feature loss sets in."})
 
@@ -140,10 +141,7 @@ class DIPSFTConfig(SFTConfig):
         super().__post_init__()
         self._check_numbers()
         self.icp_options()
-        coded_size(self.dres_placement, self.dres_group_size, self.dres_oversampling)
-        check_share(self.dres_share)
-        check_gradient(self.dres_gradient)
-        check_choice(self.dres_blocks, "dres_blocks")
+        self.dres_options()
         if not 0 <= self.dres_weight < math.inf:
             raise ValueError(f"dres_weight={self.dres_weight} must not be negative; 0 turns DReS off.")
         if self.num_trajectories < 1:
@@ -161,12 +159,8 @@ class DIPSFTConfig(SFTConfig):
                 f"stability_weight={self.stability_weight} needs a variance over trajectories, but "
                 f"num_trajectories={self.num_trajectories}; set num_trajectories to 2 or more, or the weight to 0."
             )
-        choices_of = {
-            "penalty_reduction": ("mean", "sum"),
-            "penalty_unit": ("relative", "absolute"),
-            "variational_optimizer": ("hybrid", "faithful"),
-        }
-        for name, choices in choices_of.items():
+        for name in ("penalty_reduction", "penalty_unit", "variational_optimizer"):
+            choices = DIPSFTConfig.__dataclass_fields__[name].metadata["choices"]
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(choices)}.")
         if not 0 < self.noise_learning_rate < math.inf:
@@ -247,16 +241,10 @@ class DIPSFTConfig(SFTConfig):
         names = [option.name for option in fields(ICPOptions)]
         return ICPOptions(**{name: getattr(self, f"icp_{name}") for name in names})
 
-    def dres_options(self) -> dict[str, Any]:
-        """The `dres_*` fields but the weight, as `DReSBranch` takes them."""
-        return {
-            "placement": self.dres_placement,
-            "blocks": parse_blocks(self.dres_blocks),
-            "group_size": self.dres_group_size,
-            "oversampling": self.dres_oversampling,
-            "share": self.dres_share,
-            "gradient": self.dres_gradient,
-        }
+    def dres_options(self) -> DReSOptions:
+        """The `dres_*` fields but the weight, checked."""
+        given = {option.name: getattr(self, f"dres_{option.name}") for option in fields(DReSOptions)}
+        return DReSOptions(**{**given, "blocks": parse_blocks(self.dres_blocks)})
 
 
 def own_config(args: TrainingArguments) -> DIPSFTConfig:

@@ -81,7 +81,7 @@ def warn_of_idle_terms(metrics: Mapping[str, Sequence[float]], args: DIPSFTConfi
     if dres is not None and errors and not any(errors):
         warnings.warn(
             f"dres/error is exactly 0: no batch since the last log filled a group of dres_group_size="
-            f"{dres.group_size}; lower it, or give larger batches.",
+            f"{dres.options.group_size}; lower it, or give larger batches.",
             stacklevel=3,
         )
     elif dres is not None and errors and fmean(errors) < dres.floor / 10:

@@ -110,7 +110,7 @@ class DIPSFTTrainer(CheckedTrainer):
         warn_of_idle_fields(self.model, args)
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         if args.dres_weight > 0:
-            self.dres = DReSBranch(base, **args.dres_options(), block_names=block_names)
+            self.dres = DReSBranch(base, args.dres_options(), block_names)
             self.dres.check(args.per_device_train_batch_size, self.padding_free)
         if args.icp_weight > 0:
             self.icp = ICPBranch(base, args.icp_options(), block_names=block_names)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dip_hf import NoiseKey
-from dip_hf.dres import DReSBranch
+from dip_hf.dres import DReSBranch, DReSOptions
 from tests.dipnet import models
 
 
@@ -33,7 +33,8 @@ def batch_of(rows: int, length: int = 7, pads: str | None = None) -> dict[str, t
 
 
 def branch_of(model: Any, placement: str, **options: Any) -> DReSBranch:
-    return DReSBranch(model, **{"placement": placement, "blocks": [1, 2], "group_size": 4, **options})
+    given = {"placement": placement, "blocks": [1, 2], "group_size": 4, "share": 1.0, **options}
+    return DReSBranch(model, DReSOptions(**given))
 
 
 def run(model: Any, branch: DReSBranch, batch: dict[str, torch.Tensor], key: NoiseKey = KEY) -> tuple[Any, Any]:

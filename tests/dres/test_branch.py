@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 from transformers import AutoModelForCausalLM, Gemma3nTextConfig
 
 from dip_hf import DIPNetConfig
-from dip_hf.dres import coded_pass
+from dip_hf.dres import DReSOptions, coded_pass
 from dip_hf.dres.functional import affine_error
 from dip_hf.dres.sequence_pass import SequencePass
 from dip_hf.dres.token_pass import TokenPass
@@ -211,11 +211,11 @@ def test_a_posterior_needs_one_sample_for_both_branches(placement: str) -> None:
 
 def test_groups_of_a_model_that_is_split_over_devices() -> None:
     """Fake devices: where something lies is all that matters here."""
-    key, options = KEY.tensor(), (2, 3, 1.0)
+    key, options = KEY.tensor(), DReSOptions(group_size=2, oversampling=1.5, share=1.0)
     with FakeTensorMode(allow_non_fake_inputs=True):
         first, second = (torch.empty(4, 3, 5, device=f"cuda:{index}") for index in range(2))
-        token = TokenPass([], {}, *options, key, None, False)
-        sequence = SequencePass({}, *options, key, None, False)
+        token = TokenPass([], {}, options, key, None)
+        sequence = SequencePass({}, options, key, None)
         order = sequence.choose_groups(4, second.device)
         for coded in (token, sequence):
             assert coded._group(first, order).device == first.device

@@ -16,7 +16,7 @@ from transformers import (
     MptForCausalLM,
 )
 
-from dip_hf.dres import DReSBranch, coded_pass
+from dip_hf.dres import DReSBranch, DReSOptions, coded_pass
 from dip_hf.dres.functional import decode, encode, group_permutation, reconstruction_error
 from tests.dipnet import models
 from tests.dres import oracle
@@ -185,7 +185,7 @@ def test_prompt_tunings_virtual_tokens_are_valid_tokens(placement: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"placement": "row"}, "dres_placement='row' must be one of sequence, token"),
+        ({"placement": "row"}, "dres_placement='row' must be one of token, sequence"),
         ({"group_size": 1}, "dres_group_size=1 must be at least 2"),
         ({"oversampling": 0.75}, "dres_oversampling=0.75 must be at least 1"),
         ({"oversampling": float("nan")}, "dres_oversampling=nan must be at least 1"),
@@ -264,5 +264,8 @@ def test_refused_at_the_forward_pass() -> None:
 
 
 def test_default_is_the_last_quarter() -> None:
-    assert list(DReSBranch(model_of(), placement="sequence").modules) == ["model.layers.3"]
-    assert list(DReSBranch(model_of(num_hidden_layers=6)).modules) == ["model.layers.4.mlp", "model.layers.5.mlp"]
+    assert list(DReSBranch(model_of(), DReSOptions(placement="sequence")).modules) == ["model.layers.3"]
+    assert list(DReSBranch(model_of(num_hidden_layers=6), DReSOptions()).modules) == [
+        "model.layers.4.mlp",
+        "model.layers.5.mlp",
+    ]

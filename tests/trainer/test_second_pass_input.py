@@ -30,7 +30,7 @@ REENTRANT = checkpoints(use_reentrant=True)
     [
         ({"dres_weight": -0.1}, "dres_weight=-0.1 must not be negative; 0 turns DReS off"),
         ({"dres_weight": float("nan")}, "dres_weight=nan must not be negative"),
-        ({"dres_placement": "row"}, "dres_placement='row' must be one of sequence, token"),
+        ({"dres_placement": "row"}, "dres_placement='row' must be one of token, sequence"),
         ({"dres_group_size": 1}, "dres_group_size=1 must be at least 2"),
         ({"dres_oversampling": 0.75}, "dres_oversampling=0.75 must be at least 1"),
         ({"dres_group_size": 2, "dres_oversampling": 2.5}, "dres_oversampling=2.5: .*always 0; change the over"),
