@@ -148,11 +148,8 @@ class EmbeddingPass:
             ValueError: a prompt-learning adapter has put tokens in front.
         """
         # By hook and not as inputs_embeds: some models need the ids as well
-        handle = self.embedding.register_forward_hook(lambda module, args, output: embeddings)
-        try:
+        with self.embedding.register_forward_hook(lambda module, args, output: embeddings):
             output = self.model(input_ids=batch.input_ids, attention_mask=batch.valid.long(), use_cache=False)
-        finally:
-            handle.remove()
         logits: Tensor = output.logits
         if logits.shape[1] != batch.input_ids.shape[1]:
             raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -126,11 +126,7 @@ def fold_trajectories(blocks: Sequence[nn.Module], trajectories: int, state: Noi
             state.tokens = call.hidden_states.shape[:-1].numel()
         return call.changed(block, partial(_fold_named, batch=batch, trajectories=trajectories))
 
-    handles = []
-    if trajectories > 1:
-        handles = [block.register_forward_pre_hook(fold, with_kwargs=True, prepend=True) for block in blocks]
-    try:
+    with ExitStack() as hooks:
+        for block in blocks if trajectories > 1 else ():
+            hooks.enter_context(block.register_forward_pre_hook(fold, with_kwargs=True, prepend=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

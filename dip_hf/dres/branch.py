@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
 
@@ -146,9 +146,6 @@ class DReSBranch:
             coded_pass = SequencePass(*given)
         else:
             coded_pass = TokenPass(list(self.blocks.values()), *given)
-        handles = coded_pass.attach()
-        try:
+        with ExitStack() as hooks:
+            coded_pass.attach(hooks)
             yield coded_pass.record
-        finally:
-            for handle in handles:
-                handle.remove()

@@ -6,12 +6,12 @@ import contextvars
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from dip_hf.dres.functional import decode, group_permutation, reconstruction_error
 from dip_hf.dres.options import DReSOptions
@@ -78,8 +78,8 @@ class CodedPass(ABC):
         self.record = DReSRecord()
 
     @abstractmethod
-    def attach(self) -> list[RemovableHandle]:
-        """Register the hooks."""
+    def attach(self, hooks: ExitStack) -> None:
+        """Register the hooks, which are gone when `hooks` closes."""
 
     def valid_positions(self, states: Tensor) -> Tensor | None:
         """The mask for `states`, shape (rows, length); virtual tokens in front, from prompt tuning, are all valid."""

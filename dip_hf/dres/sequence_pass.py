@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import Cache
 
 from dip_hf.block_call import BY_HEAD, BlockCall, cached_length, uncached
@@ -39,17 +39,15 @@ class SequencePass(CodedPass):
     coded with them: it belongs to the sample, so that both branches evaluate one and the same f.
     """
 
-    def attach(self) -> list[RemovableHandle]:
+    def attach(self, hooks: ExitStack) -> None:
         self.calls: list[MainCall] = []
         blocks = list(self.modules.values())
-        handles = []
         for block in blocks:
             # The first and the last of the block's pre-hooks, so that what the others do is seen.
-            handles.append(block.register_forward_pre_hook(self._before_hooks, with_kwargs=True, prepend=True))
-            handles.append(block.register_forward_pre_hook(self._after_hooks, with_kwargs=True))
-            handles.append(block.register_forward_hook(self._hand_on))
-        handles.append(blocks[-1].register_forward_hook(self._run))
-        return handles
+            hooks.enter_context(block.register_forward_pre_hook(self._before_hooks, with_kwargs=True, prepend=True))
+            hooks.enter_context(block.register_forward_pre_hook(self._after_hooks, with_kwargs=True))
+            hooks.enter_context(block.register_forward_hook(self._hand_on))
+        hooks.enter_context(blocks[-1].register_forward_hook(self._run))
 
     def _before_hooks(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.before: Tensor = BlockCall(args, kwargs).hidden_states

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.hooks import RemovableHandle
 
 from dip_hf.dres.coded_pass import CodedPass, rerun
 from dip_hf.dres.functional import encode
@@ -30,15 +30,13 @@ class TokenPass(CodedPass):
         self.with_gradient = torch.is_grad_enabled()
         self.orders: dict[int, Tensor] = {}  # by number of tokens, which grows where trajectories are folded in
 
-    def attach(self) -> list[RemovableHandle]:
-        handles = []
+    def attach(self, hooks: ExitStack) -> None:
         for (name, mlp), block in zip(self.modules.items(), self.blocks, strict=True):
-            handles.append(mlp.register_forward_pre_hook(self._before_mlp))
-            handles.append(mlp.register_forward_hook(self._after_mlp))
+            hooks.enter_context(mlp.register_forward_pre_hook(self._before_mlp))
+            hooks.enter_context(mlp.register_forward_hook(self._after_mlp))
             # Not in the MLP's own hook, which runs inside the block's activation checkpoint: recomputation, when these
             # hooks are gone, would find another graph than the forward pass.
-            handles.append(block.register_forward_hook(partial(self._run, name, mlp)))
-        return handles
+            hooks.enter_context(block.register_forward_hook(partial(self._run, name, mlp)))
 
     def _before_mlp(self, mlp: nn.Module, args: tuple) -> None:
         self.surroundings = Surroundings.now([args[0].device])

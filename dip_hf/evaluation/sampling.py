@@ -74,11 +74,8 @@ def averaged_outputs(model: nn.Module, sampler: Sampler) -> Iterator[None]:
         averaged = average_log_probabilities(last, sampler.num_samples) + normaliser
         output.logits = averaged.repeat(sampler.copies, 1, 1)
 
-    handle = model.register_forward_hook(average)
-    try:
+    with model.register_forward_hook(average):
         yield
-    finally:
-        handle.remove()
 
 
 class NoiseSampler(Sampler):

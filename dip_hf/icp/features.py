@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from dip_hf.block_call import BlockCall, uncached
 from dip_hf.second_pass import Surroundings, block_output, is_handed_on
@@ -39,17 +38,6 @@ class ICPRecord:
 
 
 @contextmanager
-def removed_on_exit() -> Iterator[Callable[[RemovableHandle], None]]:
-    """Hooks handed to what this yields are gone when the context closes."""
-    handles: list[RemovableHandle] = []
-    try:
-        yield handles.append
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
 def keep_outputs(blocks: Mapping[int, nn.Module], into: dict[int, Tensor], with_grad: bool) -> Iterator[None]:
     """Put the blocks' outputs `into` a dictionary: the first of each, for other hooks may run a block once more.
 
@@ -66,9 +54,9 @@ def keep_outputs(blocks: Mapping[int, nn.Module], into: dict[int, Tensor], with_
 
         return hook
 
-    with removed_on_exit() as remove_later:
+    with ExitStack() as hooks:
         for index, block in blocks.items():
-            remove_later(block.register_forward_hook(keep(index)))
+            hooks.enter_context(block.register_forward_hook(keep(index)))
         yield
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from typing import Any, NamedTuple
 
@@ -18,7 +18,6 @@ from dip_hf.icp.features import (
     ICPRecord,
     evenly_spaced,
     keep_outputs,
-    removed_on_exit,
     watch_backbone,
     watch_block,
     watch_output,
@@ -99,16 +98,17 @@ class ICPBranch:
         trained keeps its graph. Neither the pass's result nor any parameter's gradient changes.
         """
         record = ICPRecord(start=self._surroundings())
-        with keep_outputs(self._compared(), record.features, with_grad=True), removed_on_exit() as remove_later:
+        with keep_outputs(self._compared(), record.features, with_grad=True), ExitStack() as hooks:
             watch = watch_backbone(record, self.options.start_block, self._surroundings)
-            remove_later(self.backbone.register_forward_pre_hook(watch, with_kwargs=True))
-            remove_later(self._hook_site(self._open_site(record)))
+            hooks.enter_context(self.backbone.register_forward_pre_hook(watch, with_kwargs=True))
+            hooks.enter_context(self._hook_site(self._open_site(record)))
             if self.options.start_block > 0:
                 for index in range(self.options.start_block, len(self.blocks)):
                     # Prepended: in front of hooks that fold and add noise, which will run again on the same arguments.
                     hook = watch_block(record, index, self.options.start_block)
-                    remove_later(self.blocks[index].register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
-                    remove_later(self.blocks[index].register_forward_hook(watch_output(record)))
+                    block = self.blocks[index]
+                    hooks.enter_context(block.register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
+                    hooks.enter_context(block.register_forward_hook(watch_output(record)))
             yield record
 
     def loss(
@@ -177,8 +177,7 @@ class ICPBranch:
         for _ in range(1, options.steps):
             assert clean_loss is not None  # checked above
             site = (clean + shift).to(clean.dtype).requires_grad_()
-            with removed_on_exit() as remove_later, record.start.restored_generators(), torch.enable_grad():
-                remove_later(self._hook_site(_put_once(site)))
+            with self._hook_site(_put_once(site)), record.start.restored_generators(), torch.enable_grad():
                 (gradient,) = torch.autograd.grad(_LOSS_SCALE * clean_loss(), site)
             step, state = perturbation_step(gradient, clean, mask, options.epsilon, options.update, state)
             shift = shift + sign * step
@@ -215,8 +214,7 @@ class ICPBranch:
                     states = block_output(self.blocks[index](*args, **kwargs))
             else:
                 assert record.backbone is not None  # the backbone embeds
-                with removed_on_exit() as remove_later:
-                    remove_later(self._hook_site(_put_once(perturbed)))
+                with self._hook_site(_put_once(perturbed)):
                     args, kwargs = record.backbone
                     self.backbone(*args, **kwargs)
         shapes = [(record.features[index].shape, features[index].shape) for index in self.layers]

@@ -89,12 +89,9 @@ class DIPNetObjective:
                 yield record
                 return
             base = self.tuner.model
-            handle = base.base_model.register_forward_hook(record.keep_hidden_states)
-            try:
-                record.head = base.get_output_embeddings().weight
+            record.head = base.get_output_embeddings().weight
+            with base.base_model.register_forward_hook(record.keep_hidden_states):
                 yield record
-            finally:
-                handle.remove()
 
 
 def fold_labels(inputs: dict[str, Any], trajectories: int) -> dict[str, Any]:
