@@ -1,4 +1,4 @@
-"""Load an adapter onto a base that it fits, or say that it does not fit."""
+"""Load a base without running anybody's code, and an adapter onto a base that it fits, or say that it does not fit."""
 
 from __future__ import annotations
 
@@ -6,21 +6,38 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 
-def load_adapter(base: PreTrainedModel, adapter: str | Path, revision: str | None = None) -> PeftModel:
+def load_base(source: str | Path, **options: Any) -> PreTrainedModel:
+    """A whole model, from safetensors alone and without code of its own.
+
+    Args:
+        source: a folder, or a name on the Hub.
+        **options: as for `AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        OSError, ValueError: transformers' own, also where there are pickled weights alone.
+    """
+    return AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, trust_remote_code=False, **options)
+
+
+def load_adapter(
+    base: PreTrainedModel, adapter: str | Path, revision: str | None = None, tokens: int = 0
+) -> PeftModel:
     """`PeftModel.from_pretrained`, for any kind of adapter, which leaves out weights that fit nothing in the base.
 
     Args:
         base: the model; it is changed in place.
         adapter: a folder, or a name on the Hub.
         revision: of a name on the Hub.
+        tokens: of the adapter's tokenizer. A base with fewer embeddings gets as many, as it had in training.
 
     Raises:
         ValueError: the adapter was trained on another base, or its weights are incomplete; names a weight.
     """
+    if tokens > base.get_input_embeddings().num_embeddings:
+        base.resize_token_embeddings(tokens)
     try:
         model = PeftModel.from_pretrained(base, adapter, revision=revision)
         # Once more, for what the first call has found and not returned
@@ -53,11 +70,3 @@ def _misfit(adapter: str | Path, reason: str) -> ValueError:
         f"adapter={str(adapter)!r} does not fit the base model ({reason}); load it on the base that it was trained "
         "on, or save or download it again."
     )
-
-
-def grow_embeddings(base: PreTrainedModel, tokens: int) -> None:
-    """Give a base that has fewer embeddings than an adapter's tokenizer has tokens as many as it had in training."""
-    embeddings = base.get_input_embeddings()
-    assert isinstance(embeddings, nn.Embedding)
-    if tokens > embeddings.num_embeddings:
-        base.resize_token_embeddings(tokens)

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from trl import get_quantization_config
 from yaml import YAMLError
 
-from dip_hf.evaluation.checkpoints import check_base
+from dip_hf.model_files import check_base
 from dip_hf.recipe.arguments import AdapterArguments, DataArguments, SFTParser, model_options
 from dip_hf.recipe.data import check_run, load_datasets
 from dip_hf.recipe.dry_run import describe_run

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from dip_hf.evaluation.environment import resolve_device
+from dip_hf.environment import resolve_device
 from dip_hf.reasoning import FINETUNING
 from dip_hf.recipe.arguments import AdapterArguments, DataArguments, SFTParser
 from dip_hf.recipe.dry_run import adapt, build_on_meta

@@ -15,15 +15,15 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback
+from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback
 
 from dip_hf.adapter_files import CONFIG_NAME
 from dip_hf.diagnostics import make_batches, suite_rows
 from dip_hf.diagnostics.functional import score_answers
 from dip_hf.diagnostics.passes import prepare_batches
-from dip_hf.evaluation.environment import describe_environment, resolve_device
+from dip_hf.environment import describe_environment, resolve_device
 from dip_hf.evaluation.sampling import make_sampler
-from dip_hf.loading import load_adapter
+from dip_hf.loading import load_adapter, load_base
 from dip_hf.noise import NoiseKey
 from dip_hf.trainer.checkpoints import last_checkpoint
 from recipes.sft import make_trainer
@@ -152,7 +152,7 @@ def load_model(study: Study, folder: Path | None) -> PreTrainedModel | PeftModel
     device = resolve_device(study.evaluation.device)
     adapter = folder if folder is not None and (folder / CONFIG_NAME).is_file() else None
     whole = study.model if folder is None or adapter is not None else folder
-    model = AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32).to(device)
+    model = load_base(whole, dtype=torch.float32).to(device)
     if adapter is not None:
         model = load_adapter(model, adapter)
     return model.eval()

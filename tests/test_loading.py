@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from dip_hf import DIPNetConfig
-from dip_hf.loading import check_loaded_whole, grow_embeddings, load_adapter
+from dip_hf.loading import check_loaded_whole, load_adapter
 from tests.trainer.tiny import base_model
 
 
@@ -91,8 +91,8 @@ def test_a_further_adapter(tmp_path: Path) -> None:
         check_loaded_whole(model.load_adapter(tmp_path / "deep", "deep"), "deep")
 
 
-def test_embeddings_grow_and_never_shrink() -> None:
-    model = base_model()
+def test_embeddings_grow_and_never_shrink(tmp_path: Path) -> None:
+    saved(tmp_path, LORA)
     for tokens, rows in ((40, 48), (50, 50)):
-        grow_embeddings(model, tokens)
+        model = load_adapter(base_model(), tmp_path, tokens=tokens)
         assert model.get_input_embeddings().num_embeddings == rows

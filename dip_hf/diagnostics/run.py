@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from dip_hf.adapter_files import CONFIG_NAME, check_adapter_folder
 from dip_hf.diagnostics.data import file_rows, make_batches, suite_rows
@@ -23,9 +23,9 @@ from dip_hf.diagnostics.robustness import check_scales, robustness
 from dip_hf.diagnostics.smoothness import smoothness
 from dip_hf.diagnostics.typos import add_instruction_typos
 from dip_hf.dres.functional import coding_matrices
-from dip_hf.evaluation.checkpoints import check_base, check_model_folder
-from dip_hf.evaluation.environment import describe_environment, resolve_device
-from dip_hf.loading import grow_embeddings, load_adapter
+from dip_hf.environment import describe_environment, resolve_device
+from dip_hf.loading import load_adapter, load_base
+from dip_hf.model_files import check_base, check_model_folder
 from dip_hf.noise import NoiseKey
 from dip_hf.reasoning import FINETUNING
 from dip_hf.reasoning.families import Level
@@ -147,17 +147,14 @@ def load_checkpoint(adapter: str, base: str | None, device: str) -> tuple[Any, A
             raise ValueError(f"base={base!r}: {adapter!r} is a whole model and stands on no base; leave base out.")
     source = base or adapter
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-        )
+        model = load_base(source, dtype=torch.float32)
         own = (Path(adapter) / "tokenizer_config.json").is_file()
         tokenizer = AutoTokenizer.from_pretrained(adapter if own else source, trust_remote_code=False)
     except (OSError, ValueError) as error:  # a ValueError where code of the folder's own would have to run
         place = f"base={source!r} or the tokenizer in adapter={adapter!r}"
         raise ValueError(f"{place} cannot be loaded ({error}); give base, a folder or a name.") from error
     if is_adapter:
-        grow_embeddings(model, len(tokenizer))
-        model = load_adapter(model, adapter)
+        model = load_adapter(model, adapter, tokens=len(tokenizer))
     return model.to(device).eval(), tokenizer
 
 

@@ -21,7 +21,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 import dip_hf  # noqa: F401  # registers the DIPNet adapter with PEFT, for stock `--model hf` too
 from dip_hf.evaluation.sampling import Ensemble, Sampler, averaged_outputs, make_sampler
-from dip_hf.loading import grow_embeddings, load_adapter
+from dip_hf.loading import load_adapter
 from dip_hf.noise import NoiseKey
 
 
@@ -134,10 +134,9 @@ class DIPLM(HFLM):
             return
         super()._create_model(pretrained, revision=revision, **kwargs)
         if peft is not None:
-            grow_embeddings(self._model, len(self.tokenizer))
-            self._model = load_adapter(self._model, peft, revision=revision)
+            self._model = load_adapter(self._model, peft, revision, tokens=len(self.tokenizer))
             # `hf` goes on to tie the head to the embeddings again, of which the adapter may have brought its own
-            self._model.tie_weights = lambda *args, **kwargs: None
+            self._model.get_base_model().config.get_text_config().tie_word_embeddings = False
 
     def _next_key(self) -> NoiseKey:
         self._calls += 1

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from dip_hf.environment import describe_environment, public_folder
 from dip_hf.evaluation.calibration_report import (
     CALIBRATION_RESAMPLES,
     CalibrationBlock,
@@ -18,7 +19,6 @@ from dip_hf.evaluation.calibration_report import (
     calibration_tables,
     make_calibration,
 )
-from dip_hf.evaluation.environment import describe_environment, public_folder
 from dip_hf.evaluation.results import CheckpointScores, EvaluationSettings, TaskScores
 from dip_hf.evaluation.statistics import PairedDifference, accuracy, paired_difference, standard_error
 from dip_hf.evaluation.tables import Table, markdown, plain

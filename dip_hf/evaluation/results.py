@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dip_hf.environment import resolve_device
 from dip_hf.evaluation.checkpoints import Checkpoint
-from dip_hf.evaluation.environment import resolve_device
 from dip_hf.evaluation.wording import Prediction
 
 

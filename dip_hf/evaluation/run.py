@@ -14,9 +14,9 @@ import lm_eval.api.task
 from lm_eval.evaluator import evaluate
 from transformers import AutoTokenizer
 
+from dip_hf.environment import resolve_device
 from dip_hf.evaluation.calibration_report import check_in_distribution
-from dip_hf.evaluation.checkpoints import Checkpoint, check_checkpoints, weight_digests
-from dip_hf.evaluation.environment import resolve_device
+from dip_hf.evaluation.checkpoints import Checkpoint, check_checkpoints
 from dip_hf.evaluation.likelihoods import (
     check_output_types,
     check_right_or_wrong,
@@ -27,6 +27,7 @@ from dip_hf.evaluation.likelihoods import (
 from dip_hf.evaluation.lm import DIPLM
 from dip_hf.evaluation.results import CheckpointScores, EvaluationSettings, TaskScores
 from dip_hf.evaluation.tasks import item_scores, keep_families, load_tasks, scored_samples, seed_tasks, task_sets
+from dip_hf.model_files import weight_digests
 
 
 VALIDATION_ITEMS = 100

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from transformers import TrainingArguments
 
-from dip_hf.evaluation.environment import describe_environment
+from dip_hf.environment import describe_environment
 
 
 TRAINING_NAME = "training_config.yaml"

@@ -12,10 +12,10 @@ from typing import Any
 from huggingface_hub import EvalResult, EvalResultEntry
 
 from dip_hf.adapter_files import CONFIG_NAME
-from dip_hf.evaluation.checkpoints import weight_digests
 from dip_hf.evaluation.wording import Prediction, describe_items, describe_split
 from dip_hf.hub.record import scrub
 from dip_hf.hub.settings import check_repo_id
+from dip_hf.model_files import weight_digests
 
 
 EVALUATION_FOLDER = "evaluation"

@@ -14,9 +14,9 @@ from safetensors import safe_open
 
 from dip_hf.adapter_files import CONFIG_NAME, WEIGHTS_NAME, check_adapter_folder, check_inside, read_config
 from dip_hf.dipnet.export import NOISE_PREFIX
-from dip_hf.evaluation.checkpoints import check_model_folder
 from dip_hf.hub.record import ENVIRONMENT_NAME, TRAINING_NAME
 from dip_hf.hub.settings import check_repo_id
+from dip_hf.model_files import check_model_folder
 from dip_hf.peft_compat import DUMMY_TARGET_MODULES
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import yaml
 from huggingface_hub import eval_result_entries_to_yaml
+from transformers import AutoTokenizer
 
 from dip_hf.adapter_files import CONFIG_NAME, WEIGHTS_NAME, check_inside
 from dip_hf.dipnet.export import export_lora
-from dip_hf.evaluation.checkpoints import model_weights
 from dip_hf.hub.card import render_card
 from dip_hf.hub.record import ENVIRONMENT_NAME, TRAINING_NAME, scrub
 from dip_hf.hub.results import (
@@ -26,6 +26,9 @@ from dip_hf.hub.results import (
 )
 from dip_hf.hub.run import MODEL, FinishedRun, local_base, other_adapters, read_mapping, read_run
 from dip_hf.hub.settings import PushSettings
+from dip_hf.loading import load_adapter, load_base
+from dip_hf.model_files import model_weights
+from dip_hf.peft_compat import LoraLayer
 
 
 LORA_FOLDER = "lora"
@@ -164,22 +167,21 @@ def _stage_lora(run: FinishedRun, work: Path, staging: Staging) -> str | None:
 
 
 def _stage_merged(run: FinishedRun, target: Path, staging: Staging) -> None:
-    from transformers import AutoModelForCausalLM  # a push without a merged model loads no model
-
-    from dip_hf.loading import load_adapter
-    from dip_hf.peft_compat import LoraLayer
-
+    assert run.base_model is not None  # an adapter has one
     # What it was trained on, where that is here; a path that is not here may be a stranger's name on the Hub
     base = local_base(run.adapter.get("base_model_name_or_path") or "", run.folder) or run.base_model
+    has_tokenizer = (run.folder / "tokenizer_config.json").is_file()
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False)
+        loaded = load_base(base)
+        tokens = len(AutoTokenizer.from_pretrained(run.folder, trust_remote_code=False)) if has_tokenizer else 0
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"base_model={str(base)!r} cannot be loaded ({reason}), which merged=True needs: give base_model, a name "
-            "on the Hub that you can read, and be online, or push without merged"
+            f"base_model={str(base)!r}, or the tokenizer in {run.folder}, cannot be loaded ({reason}), which "
+            "merged=True needs: give base_model, a name on the Hub that you can read, and be online, or push without "
+            "merged"
         ) from error
-    model = load_adapter(loaded, run.folder)
+    model = load_adapter(loaded, run.folder, tokens=tokens)
     ends = [loaded.get_input_embeddings(), loaded.get_output_embeddings()]
     if ends[1] is not None and ends[0].weight is ends[1].weight and any(isinstance(end, LoraLayer) for end in ends):
         raise ValueError(

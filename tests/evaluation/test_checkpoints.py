@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from dip_hf.evaluation.checkpoints import Checkpoint, check_base, check_checkpoints, weight_digests
+from dip_hf.evaluation.checkpoints import Checkpoint, check_checkpoints
+from dip_hf.model_files import check_base, weight_digests
 
 
 def test_a_name_alone_is_the_base_and_a_folder_may_hold_an_equals_sign() -> None:

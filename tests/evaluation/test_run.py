@@ -14,10 +14,11 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from dip_hf.evaluation.checkpoints import Checkpoint, weight_digests
+from dip_hf.evaluation.checkpoints import Checkpoint
 from dip_hf.evaluation.report import make_report
 from dip_hf.evaluation.results import CheckpointScores, EvaluationSettings
 from dip_hf.evaluation.run import evaluate_checkpoints, load_model, prepare_tasks
+from dip_hf.model_files import weight_digests
 
 
 ROOT = Path(__file__).parents[2]

@@ -11,10 +11,10 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from dip_hf.evaluation.checkpoints import weight_digests
 from dip_hf.hub.push import describe
 from dip_hf.hub.results import Results, read_results
 from dip_hf.hub.stage import Staging
+from dip_hf.model_files import weight_digests
 from tests.hub.test_stage import staged, write_report
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dip_hf import DIPNetConfig, export_lora
 from dip_hf.hub import PushSettings
@@ -87,6 +87,32 @@ def test_the_merged_model_computes_what_the_adapter_does(base_folder: Path, tmp_
     assert 'subfolder="merged"' in staging.files["README.md"].read_text()
 
 
+def test_the_merged_model_has_the_tokens_that_training_added(base_folder: Path, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(base_folder)
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    tokenizer.add_tokens(["<one>", "<two>"])
+    base.resize_token_embeddings(len(tokenizer))
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    get_peft_model(base, config).save_pretrained(tmp_path / "run")
+    tokenizer.save_pretrained(tmp_path / "run")
+    staging = staged(tmp_path / "run", tmp_path / "work", base_model=BASE, merged=True)
+    merged = AutoModelForCausalLM.from_pretrained(staging.files["merged/config.json"].parent)
+    assert torch.equal(merged.get_input_embeddings().weight, base.get_input_embeddings().weight)
+    assert merged.config.vocab_size == len(tokenizer)
+
+
+def test_merging_loads_no_pickled_base(base_folder: Path, tmp_path: Path) -> None:
+    pickled = shutil.copytree(base_folder, tmp_path / "base")
+    (pickled / "model.safetensors").unlink()
+    torch.save(AutoModelForCausalLM.from_pretrained(base_folder).state_dict(), pickled / "pytorch_model.bin")
+    save_adapter(base_folder, tmp_path / "run", LoraConfig(r=2, target_modules=["q_proj"]))
+    config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(pickled)
+    (tmp_path / "run" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"base_model=.* cannot be loaded \(.*model.safetensors"):
+        staged(tmp_path / "run", tmp_path / "work", base_model=BASE, merged=True)
+
+
 def test_merging_into_embeddings_that_are_the_head_too_is_refused(base_folder: Path, tmp_path: Path) -> None:
     """The sum would go into both."""
     tied = AutoModelForCausalLM.from_pretrained(base_folder)
@@ -115,7 +141,7 @@ def test_merging_takes_no_local_path_for_a_name_on_the_hub(
     changes = {"base_model": BASE, "merged": True}
     assert "merged/model.safetensors" in staged(project / "runs" / "lora", tmp_path / "one", **changes).files
     moved = shutil.move(project / "runs", tmp_path / "runs")
-    with pytest.raises(ValueError, match=rf"^base_model='{BASE}' cannot be loaded \([^\n]*\).* push without merged$"):
+    with pytest.raises(ValueError, match=rf"^base_model='{BASE}', .* cannot be loaded \([^\n]*\)"):
         staged(Path(moved) / "lora", tmp_path / "two", **changes)
 
 
