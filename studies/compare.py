@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 from dip_hf.evaluation.calibration import auroc, brier_score
 from studies.results import Array, Results, time_ratio
 from studies.spec import TASK_SETS, Arm
-from studies.statistics import Difference, Resampler, holm
+from studies.statistics import Difference, Resampler, calibrated_error, holm, least_shown
 
 
 LEVEL = 0.05
@@ -85,6 +85,21 @@ class Row:
         return "better" if (own.value > 0) == measure.rising else "worse"
 
 
+def shown_difference(rows: Sequence[Row]) -> float | None:
+    """The true difference that a table would show of its median arm in four of five repetitions.
+
+    By the t-test over seeds alone; None where no verdict can be given.
+
+    Args:
+        rows: all arms by one measure.
+    """
+    whole = [row.difference for row in rows if row.difference is not None and not row.missing]
+    spreads = [own.spread for own in whole if own.seeds >= MIN_SEEDS and own.spread]
+    if not spreads:
+        return None
+    return least_shown(median(spreads), whole[0].seeds, len(rows) - 1, LEVEL)
+
+
 @dataclass(frozen=True)
 class Comparison:
     """All arms at one data size.
@@ -99,7 +114,8 @@ class Comparison:
             None while pending, {} without a choice.
         trials: per arm the validation scores of all its trials, `exact_match` and `nll`; empty while pending and
             without a choice.
-        discrimination: per task set and arm the confidence, the Brier score, and the AUROC of right against wrong
+        discrimination: per task set and arm the confidence, the calibration error that chance alone would give a
+            perfectly calibrated model of these confidences, the Brier score, and the AUROC of right against wrong
             answers, over the items of all tasks: mean over seeds and standard deviation as in `probes`; AUROC is left
             out where some seed has no right or no wrong answer.
     """
@@ -243,6 +259,7 @@ def _discrimination(results: Results, arm: Arm, size: int, task_set: str) -> dic
     correct = np.concatenate(results.strata(arm, size, seeds, task_set, "correct"), axis=1)
     pairs = list(zip(confidences, correct, strict=True))
     values = {
+        "chance": calibrated_error(confidences, np.random.default_rng(BOOTSTRAP_SEED)),
         "confidence": confidences.mean(axis=1),
         "brier": np.array([brier_score(*pair) for pair in pairs]),
         "auroc": np.array([auroc(own[right == 1], own[right == 0]) for own, right in pairs]),

@@ -19,12 +19,13 @@ from pathlib import Path
 
 from studies.compare import compare
 from studies.load import close_to, load_study
+from studies.method import method_section
 from studies.overview import overview_section
 from studies.picture import draw
 from studies.results import read_results, result_files
 from studies.spec import Study
 from studies.store import write_lines, write_text
-from studies.tables import method_section, study_section
+from studies.tables import study_section
 
 
 ROOT = Path(__file__).parents[1]

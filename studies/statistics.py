@@ -18,9 +18,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import optimize, stats
 
-from dip_hf.evaluation.calibration import BINS
+from dip_hf.evaluation.calibration import BINS, bin_of
 from dip_hf.evaluation.statistics import basic_interval
 
 
@@ -42,6 +42,7 @@ class Difference:
         seeds: number of seeds.
         higher: number of seeds in which the arm's mean is above the reference's.
         lower: number of seeds in which it is below.
+        spread: standard deviation over seeds of the difference; None with a single one.
     """
 
     value: float
@@ -51,6 +52,7 @@ class Difference:
     seeds: int
     higher: int
     lower: int
+    spread: float | None
 
 
 class Resampler:
@@ -100,7 +102,7 @@ class Resampler:
         right; w_i is 1/(tasks · items of the task), so that tasks weigh alike. Items of all tasks share the bins.
         """
         observed, resampled = np.zeros(self.seed_weights.shape[1]), np.zeros(self.seed_weights.shape)
-        binned = [np.minimum((np.asarray(c, dtype=np.float64) * bins).astype(int), bins - 1) for c in confidences]
+        binned = [bin_of(np.asarray(c, dtype=np.float64), bins) for c in confidences]
         gaps = [np.asarray(c, dtype=np.float64) - np.asarray(y) for c, y in zip(confidences, scores, strict=True)]
         for index in range(bins):
             mean, means = self.means([gap * (where == index) for gap, where in zip(gaps, binned, strict=True)])
@@ -125,6 +127,7 @@ class Resampler:
             seeds=len(per_seed),
             higher=int((per_seed > 1e-9).sum()),
             lower=int((per_seed < -1e-9).sum()),
+            spread=float(per_seed.std(ddof=1)) if len(per_seed) > 1 else None,
         )
 
 
@@ -137,6 +140,45 @@ def seeds_p_value(differences: ArrayLike) -> float:
     if error <= 1e-9:  # the same in every seed
         return float(abs(values.mean()) <= 1e-9)
     return float(2 * stats.t.sf(abs(values.mean()) / error, len(values) - 1))
+
+
+def least_shown(spread: float, seeds: int, tests: int, level: float = 0.05, power: float = 0.8) -> float:
+    """The true mean difference that `seeds_p_value` finds below the level in a share `power` of repetitions.
+
+    It is the first of `tests` in Holm's order, so that p is multiplied by their number: all others show nothing. By
+    the noncentral t distribution, for differences that are normal over seeds.
+
+    Args:
+        spread: standard deviation over seeds of the paired differences, positive.
+        seeds: number of seeds, at least 2.
+        tests: number of comparisons that are corrected for.
+        level: of significance, two-sided.
+        power: share of repetitions.
+    """
+    bound = stats.t.isf(level / tests / 2, seeds - 1)
+
+    def shortfall(shift: float) -> float:
+        return float(stats.nct.sf(bound, seeds - 1, shift)) - power
+
+    return float(optimize.brentq(shortfall, 0.0, 20 * bound) * spread / seeds**0.5)
+
+
+def calibrated_error(confidences: Array, generator: np.random.Generator, draws: int = 200, bins: int = BINS) -> Array:
+    """The calibration error that chance alone gives a perfectly calibrated model of these confidences.
+
+    Args:
+        confidences: shape (seeds, items).
+        generator: source of the answers, each of which is right with the probability of its confidence.
+        draws: number of them.
+        bins: of equal width.
+
+    Returns:
+        The expected calibration error in the mean over the draws, shape (seeds,).
+    """
+    where = bin_of(confidences, bins)
+    right = generator.random((draws, *confidences.shape)) < confidences
+    gaps = np.stack([((right - confidences) * (where == index)).sum(-1) for index in range(bins)])
+    return np.abs(gaps).sum(0).mean(0) / confidences.shape[1]
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dip_hf.evaluation.calibration import BINS
 from dip_hf.evaluation.tables import markdown
-from studies.compare import LEVEL, MIN_SEEDS, UNANIMOUS, Comparison, Measure, Row
+from studies.compare import Comparison, Measure, Row, shown_difference
 from studies.plan import cells
 from studies.results import Results
 from studies.spec import Arm, Study
-from studies.statistics import RESAMPLES
 from studies.summary import summary
 
 
@@ -42,41 +40,6 @@ def study_section(results: Results, comparisons: Sequence[Comparison], pictures:
         parts += [_robustness(comparison, results.study), _smoothness(comparison, results.study)]
         parts += [_reconstruction(comparison), _posterior(comparison), _settings(comparison, results.study)]
     return "\n\n".join(part for part in parts if part)
-
-
-def method_section() -> str:
-    """How the numbers were made."""
-    return "\n\n".join(
-        [
-            "## How to read this",
-            "A cell is an arm, a data size and a seed. The seed draws the training examples, the initialisation and "
-            "the order of the data, alike for all arms. Every arm that chooses between settings has the same number "
-            "of trials; one that starts from what another arm's trials chose has had those too. The setting with the "
-            "highest teacher-forced exact match on the validation split (ties: lowest negative log-likelihood), "
-            "averaged over the selection seeds, is run with all seeds, and each of these runs is scored once on the "
-            "test split, but for a study of settings, which says so.",
-            "Accuracy is the share of generated answers that reasoning-gym's own scorer gives full marks, the mean "
-            "over families; ± is the standard deviation over seeds. A difference is to the reference arm with the "
-            f"same seeds and items. Its 95% basic interval comes from {RESAMPLES:,} two-way bootstrap "
-            "resamples, reflected about the difference at hand: seeds are drawn with replacement, and independently, "
-            "within each family, items, the same for all seeds; an arm's score always comes with the reference's. "
-            "Such an interval is too short where there are few seeds: with five, and were seeds all that varies, it "
-            "would cover 85%, and more where items vary too; with one it covers the choice of items alone. p is "
-            "the larger one of the bootstrap's and a paired t-test's over seeds, without which a table of many arms "
-            "with five seeds would often show some difference where there is none, and is corrected by Holm over "
-            "the arms of a table, of which those that are not finished count with p = 1. A verdict takes "
-            f"p < {LEVEL:g} after that, all of the study's seeds, at least {MIN_SEEDS}, so that none is left out "
-            f"whose training diverged, and, of {UNANIMOUS} seeds or fewer, the same sign in each. NLL is that of the "
-            f"reference answer with its end (a palindrome may have several right ones); ECE has {BINS} bins of equal "
-            "width, and that of a finite sample is too high, most for a well calibrated arm, for which the basic "
-            "interval corrects in part. Confidence (that in the model's own answer), its Brier score and AUROC (right "
-            "against wrong answers) have no interval.",
-            "Robustness, smoothness and reconstruction are teacher-forced and of one noise-free pass, so that they "
-            "leave out arms that predict by samples, an ensemble or at a temperature; they have no interval. "
-            "Training time is measured with other runs at work beside it, and not always on the same machine, so its "
-            "ratio, a median over seeds, is rough.",
-        ]
-    )
 
 
 def _progress(results: Results) -> str:
@@ -128,11 +91,19 @@ def _measure_table(comparison: Comparison, measure: Measure, study: Study) -> st
     header = ("arm", "seeds", measure.what, "difference", "95% interval", "seeds above", "p (Holm)", "verdict")
     lines = [_measure_line(row, measure, study.reference) for row in comparison.rows[measure]]
     title = f"**{measure.what.upper() if measure.what != 'accuracy' else 'Accuracy'}** in {_UNITS[measure.what]} on "
-    return f"{title}{_SETS[measure.task_set]}\n\n{markdown([header, *lines], right=(1, 2, 3, 6))}"
+    shown = shown_difference(comparison.rows[measure])
+    power = (
+        "" if shown is None else f". A difference of {shown:.{_digits(measure)}f} would be shown four times of five"
+    )
+    return f"{title}{_SETS[measure.task_set]}{power}\n\n{markdown([header, *lines], right=(1, 2, 3, 6))}"
+
+
+def _digits(measure: Measure) -> int:
+    return 3 if measure.what == "nll" else 1
 
 
 def _measure_line(row: Row, measure: Measure, reference: str) -> tuple[str, ...]:
-    digits = 3 if measure.what == "nll" else 1
+    digits = _digits(measure)
     if row.mean is None:
         return (row.arm, "0", "", "", "", "", "", "pending")
     mean = f"{row.mean:.{digits}f}" + ("" if row.spread is None else f" ± {row.spread:.{digits}f}")
@@ -153,13 +124,24 @@ def _measure_line(row: Row, measure: Measure, reference: str) -> tuple[str, ...]
 
 def _calibration(comparison: Comparison, task_set: str) -> str:
     """NLL, ECE, confidence, Brier score and AUROC of all arms side by side."""
-    header = ("arm", "NLL", "difference, 95%", "ECE %", "difference, 95%", "confidence %", "Brier", "AUROC")
+    header = (
+        "arm",
+        "NLL",
+        "difference, 95%",
+        "ECE %",
+        "difference, 95%",
+        "by chance",
+        "confidence %",
+        "Brier",
+        "AUROC",
+    )
     pairs = zip(*(comparison.rows[Measure(task_set, what)] for what in ("nll", "ece")), strict=True)
     lines = []
     for nll, ece in pairs:
         own = comparison.discrimination[task_set][nll.arm]
         likelihood, error = _calibration_cells(nll, 3), _calibration_cells(ece, 1)
         others = (
+            _probe(own.get("chance"), 100, 1),
             _probe(own.get("confidence"), 100, 1),
             _probe(own.get("brier"), 1, 3),
             _probe(own.get("auroc"), 1, 3),

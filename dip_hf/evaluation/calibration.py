@@ -51,7 +51,7 @@ def reliability_bins(confidences: ArrayLike, correct: ArrayLike, bins: int = BIN
         ValueError: see `expected_calibration_error`.
     """
     scores, right = _checked(confidences, correct)
-    indices = _bin_of(scores, bins)
+    indices = bin_of(scores, bins)
     counts = np.bincount(indices, minlength=bins)
     full = counts > 0
     means = [np.bincount(indices, values, minlength=bins)[full] / counts[full] for values in (scores, right)]
@@ -75,7 +75,7 @@ def expected_calibration_error(confidences: ArrayLike, correct: ArrayLike, bins:
     except ImportError as error:
         raise ImportError(_MISSING.format("torchmetrics")) from error
     scores, right = _checked(confidences, correct)
-    _bin_of(scores, bins)
+    bin_of(scores, bins)
     below_one = np.minimum(scores, np.nextafter(1.0, 0.0))  # torchmetrics would give 1 a bin of its own
     return float(binary_calibration_error(torch.tensor(below_one), torch.tensor(right), n_bins=bins, norm="l1"))
 
@@ -177,7 +177,7 @@ def resampled_calibration_error(
     scores, right = _checked(confidences, correct)
     # Σ_b |Σ_{i in b} (correct_i - confidence_i)| / n: the bins' counts cancel
     gaps = np.zeros((scores.size, bins))
-    gaps[np.arange(scores.size), _bin_of(scores, bins)] = right - scores
+    gaps[np.arange(scores.size), bin_of(scores, bins)] = right - scores
     return np.abs(counts @ gaps).sum(axis=1) / counts.sum(axis=1)
 
 
@@ -214,7 +214,8 @@ def _per_value(counts: NDArray[np.int64], owners: NDArray[np.int64], size: int) 
     return totals
 
 
-def _bin_of(scores: _Array, bins: int) -> NDArray[np.int64]:
+def bin_of(scores: _Array, bins: int) -> NDArray[np.int64]:
+    """Index of the bin of equal width that each score in [0, 1] falls into; of any shape."""
     if bins < 1:
         raise ValueError(f"bins={bins} must be at least 1")
     edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64).numpy()  # torchmetrics', of which numpy's differ

@@ -1,19 +1,20 @@
 """The report on made-up cells whose differences are known."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from studies.compare import Comparison, Measure, Row, compare
+from studies.compare import Comparison, Measure, Row, compare, shown_difference
 from studies.load import load_study
 from studies.measure import pack
 from studies.plan import finished_cells
 from studies.report import main, write_report
 from studies.results import read_results, time_ratio
 from studies.spec import Study
-from studies.statistics import Difference
+from studies.statistics import Difference, least_shown
 from studies.store import Store
 from tests.studies.conftest import ARMS
 from tests.studies.support import finish_cells, finish_trials, small_study, write_study
@@ -75,15 +76,19 @@ def test_brier_score_auroc_and_the_fitted_temperature(tmp_path: Path) -> None:
                     right = np.array([int(digit) for digit in task["correct"]])
                     task["confidence"] = pack(np.where(right, 0.75, 0.25))
     comparison = compare(read_results(study, store.write_results(study, lines)), 8)
+    almost = partial(pytest.approx, abs=0.01)
     assert comparison.settings["cool"] == {"temperature": 1.75} and comparison.settings["lora"] == {}
     assert comparison.discrimination["standard"] == {
-        "lora": {"confidence": (0.5, 0.0), "brier": (0.25, 0.0), "auroc": (0.5, 0.0)},
+        # E|X/40 - 1/2| of 40 fair coins, and of a seed's 20 or so in each of two bins (seed 1 has one more right)
+        "lora": {"chance": almost((0.0627, 0.0)), "confidence": (0.5, 0.0), "brier": (0.25, 0.0), "auroc": (0.5, 0.0)},
         "cool": {
+            "chance": almost((0.0766, 0.0)),
             "confidence": pytest.approx((0.50625, 0.00884), rel=1e-3),  # one more of 40 is right with seed 1
             "brier": (0.0625, 0.0),
             "auroc": (1.0, 0.0),
         },
-        "sure": {"confidence": (0.5, None), "brier": (0.25, None)},  # nothing is right
+        # nothing is right
+        "sure": {"chance": almost((0.0627, None)), "confidence": (0.5, None), "brier": (0.25, None)},
     }
 
 
@@ -102,7 +107,7 @@ def test_an_arm_is_compared_in_the_seeds_that_both_have(tmp_path: Path) -> None:
 
 def test_a_verdict_takes_the_same_sign_in_each_of_a_few_seeds() -> None:
     def row(higher: int, lower: int, p: float, seeds: int = 5) -> Row:
-        return Row("arm", seeds, 50.0, 1.0, Difference(1.0, 0.5, 1.5, p, seeds, higher, lower), p)
+        return Row("arm", seeds, 50.0, 1.0, Difference(1.0, 0.5, 1.5, p, seeds, higher, lower, 0.5), p)
 
     assert row(5, 0, 0.01).verdict(ACCURACY) == "better"
     assert row(5, 0, 0.01).verdict(Measure("standard", "nll")) == "worse"
@@ -110,6 +115,15 @@ def test_a_verdict_takes_the_same_sign_in_each_of_a_few_seeds() -> None:
         assert mixed.verdict(ACCURACY) == "no difference shown"
     assert row(8, 2, 0.01, seeds=10).verdict(ACCURACY) == "better"
     assert row(8, 2, 0.05, seeds=10).verdict(ACCURACY) == "no difference shown"
+
+
+def test_what_a_table_would_show_is_of_its_median_arm() -> None:
+    def row(spread: float | None, seeds: int = 5, missing: int = 0) -> Row:
+        return Row("arm", seeds, difference=Difference(1, 0, 2, 0.1, seeds, 5, 0, spread), p=0.1, missing=missing)
+
+    rows = [Row("lora", 5, 50.0), row(1.0), row(4.0), row(2.0), row(9.0, seeds=4, missing=1)]
+    assert shown_difference(rows) == least_shown(2.0, seeds=5, tests=4)
+    assert shown_difference([rows[0], row(None, seeds=1), row(2.0, seeds=2)]) is None
 
 
 def test_an_arm_that_lacks_a_seed_gets_no_verdict(finished: tuple[Study, Store], tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dip_hf.evaluation.calibration import expected_calibration_error
-from studies.statistics import Resampler, holm, seeds_p_value
+from studies.statistics import Resampler, calibrated_error, holm, least_shown, seeds_p_value
 
 
 def _resampler(seeds: int, items: list[int], resamples: int = 4000) -> Resampler:
@@ -32,6 +32,21 @@ def test_the_t_test_over_seeds_by_hand() -> None:
     assert seeds_p_value([1.0, 2.0, 3.0]) == pytest.approx(1 - 2 * 3**0.5 / 14**0.5)
     assert seeds_p_value([-3.0, -2.0, -1.0]) == seeds_p_value([1.0, 2.0, 3.0])
     assert (seeds_p_value([0.0, 0.0]), seeds_p_value([0.5, 0.5]), seeds_p_value([0.5])) == (1.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(("seeds", "tests"), [(5, 8), (10, 1)])
+def test_what_is_shown_four_times_of_five(seeds: int, tests: int) -> None:
+    draws = np.random.default_rng(0).normal(least_shown(3.0, seeds, tests), 3.0, (4000, seeds))
+    assert np.mean([tests * seeds_p_value(own) < 0.05 for own in draws]) == pytest.approx(0.8, abs=0.02)
+    assert least_shown(6.0, seeds, tests) == pytest.approx(2 * least_shown(3.0, seeds, tests))
+
+
+def test_chance_gives_a_calibrated_model_some_error() -> None:
+    """In a bin of its own a single item of confidence c has E|right - c| = 2c (1 - c)."""
+    confidences = np.array([[0.05, 0.5, 0.95], [0.25, 0.45, 1.0]])
+    expected = (2 * confidences * (1 - confidences)).mean(axis=1)
+    found = calibrated_error(confidences, np.random.default_rng(0), draws=20_000)
+    assert found == pytest.approx(expected, abs=0.005)
 
 
 def test_few_uneven_seeds_are_no_evidence() -> None:
