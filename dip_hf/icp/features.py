@@ -38,19 +38,17 @@ class ICPRecord:
 
 
 @contextmanager
-def keep_outputs(blocks: Mapping[int, nn.Module], into: dict[int, Tensor], with_grad: bool) -> Iterator[None]:
-    """Put the blocks' outputs `into` a dictionary: the first of each, for other hooks may run a block once more.
+def keep_outputs(blocks: Mapping[int, nn.Module], into: dict[int, Tensor]) -> Iterator[None]:
+    """Put the outputs of the pass that runs inside `into` a dictionary.
 
     Args:
         blocks: index to block.
         into: index to output.
-        with_grad: look at passes with gradient alone, or at passes without alone.
     """
 
     def keep(index: int) -> Callable[[nn.Module, tuple, Any], None]:
         def hook(block: nn.Module, args: tuple, output: Any) -> None:
-            if torch.is_grad_enabled() == with_grad:
-                into.setdefault(index, block_output(output))
+            into[index] = block_output(output)
 
         return hook
 
@@ -63,7 +61,7 @@ def keep_outputs(blocks: Mapping[int, nn.Module], into: dict[int, Tensor], with_
 def watch_backbone(
     record: ICPRecord, start_block: int, surroundings: Callable[[], Surroundings]
 ) -> Callable[[nn.Module, tuple, dict[str, Any]], None]:
-    """A pre-hook that records the backbone's first call with gradient.
+    """A pre-hook that records the backbone's call, which has a gradient.
 
     Args:
         record: where to.
@@ -75,7 +73,7 @@ def watch_backbone(
     """
 
     def watch(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if record.backbone is not None or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return
         if kwargs.get("past_key_values") is not None:
             raise ValueError(
@@ -95,14 +93,14 @@ def watch_backbone(
 
 
 def watch_block(record: ICPRecord, index: int, start_block: int) -> Callable[[nn.Module, tuple, dict[str, Any]], None]:
-    """A pre-hook that records the first call with gradient of block `index`, without its cache.
+    """A pre-hook that records the call of block `index`, which has a gradient, without its cache.
 
     Raises:
         ValueError: by the hook, where its input is not the output of the block in front of it, as `watch_output` saw.
     """
 
     def watch(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if index in record.calls or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return
         call = BlockCall(args, kwargs)
         if index > start_block and not is_handed_on(call.hidden_states, record.handed_on):

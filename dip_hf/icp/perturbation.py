@@ -92,13 +92,13 @@ class ICPBranch:
 
     @contextmanager
     def clean(self) -> Iterator[ICPRecord]:
-        """Watch the first forward pass with gradient that runs inside, and make its input differentiable.
+        """Watch the one forward pass with gradient that runs inside, and make its input differentiable.
 
         Input embeddings (or a block's input) that carry no gradient, as with a frozen base, become a leaf; what is
         trained keeps its graph. Neither the pass's result nor any parameter's gradient changes.
         """
         record = ICPRecord(start=self._surroundings())
-        with keep_outputs(self._compared(), record.features, with_grad=True), ExitStack() as hooks:
+        with keep_outputs(self._compared(), record.features), ExitStack() as hooks:
             watch = watch_backbone(record, self.options.start_block, self._surroundings)
             hooks.enter_context(self.backbone.register_forward_pre_hook(watch, with_kwargs=True))
             hooks.enter_context(self._hook_site(self._open_site(record)))
@@ -199,7 +199,7 @@ class ICPBranch:
         """
         assert record.rerun is not None  # set together with `record.site`
         features: dict[int, Tensor] = {}
-        with keep_outputs(self._compared(), features, with_grad=False), record.rerun.restored():
+        with keep_outputs(self._compared(), features), record.rerun.restored():
             if self.options.start_block > 0:
                 states = perturbed
                 # What blocks hand on to one another beside the hidden states, such as keys and values that several

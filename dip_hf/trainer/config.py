@@ -29,8 +29,8 @@ class DIPSFTConfig(SFTConfig):
             block.
         variance_weight: α, weight of the variances; positive.
         log_variance_weight: β, weight of the log-variances; positive. The penalty alone is stationary at λ = β/α.
-        stability_weight: λ_s, weight of the outputs' variance over trajectories; needs m ≥ 2. The paper's 0 is best
-            for fine-tuning.
+        stability_weight: λ_s, weight of the outputs' variance over trajectories; needs m ≥ 2. 0 is what the paper
+            uses for fine-tuning.
         penalty_reduction: "mean" over blocks and dimensions, or the paper's "sum".
         penalty_unit: whether λ in the penalty is "relative" to the squared RMS of the block's input, or "absolute" as
             in the paper.
