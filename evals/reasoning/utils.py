@@ -13,7 +13,7 @@ from dip_hf.reasoning.families import Level
 
 
 ITEMS = 200
-"""Test questions per family and level."""
+"""Test questions per family and level, where no other number is asked for."""
 
 
 def load(
@@ -24,12 +24,12 @@ def load(
     Args:
         family: name in `dip_hf.reasoning.FAMILIES`.
         level: "standard" or "harder".
-        items: make no more than the first so many of the `ITEMS` questions.
+        items: how many questions; the first are the same whatever their number.
         validation_items: questions to fit a temperature on.
         split: where the questions come from that are evaluated: "test", or "validation" to choose settings by.
         **_: the task's metadata and the model's arguments, which lm-eval passes too.
     """
-    splits = DatasetDict(test=make_split(family, split, min(items, ITEMS), level=level))
+    splits = DatasetDict(test=make_split(family, split, items, level=level))
     if validation_items > 0:
         splits["validation"] = make_split(family, "validation", validation_items, level=level)
     return splits
