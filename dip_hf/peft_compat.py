@@ -1,4 +1,6 @@
-"""Every private or undocumented name of PEFT that this project uses, in one place.
+"""Every private or undocumented name of PEFT that this project imports, in one place.
+
+Methods of PEFT's classes that subclasses override or call are in the test's table alone.
 
 `tests/test_peft_compat.py` says which versions they hold for.
 """
@@ -24,6 +26,7 @@ from torch import nn
 __all__ = [
     "DUMMY_TARGET_MODULES",
     "MONTECLORA_SAMPLER",
+    "PARAMETER_PREFIX",
     "BaseTunerLayer",
     "DIPPeftType",
     "LoraLayer",
@@ -33,6 +36,7 @@ __all__ = [
     "clean_name",
     "convert_targets",
     "get_pattern_key",
+    "is_own",
     "register",
     "requested_variants",
 ]
@@ -40,6 +44,9 @@ __all__ = [
 # Parts that FSDP, activation checkpointing and torch.compile put into the names of what they wrap.
 _WRAPPERS = re.compile(r"(?<![^.])(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)(?:\.|$)")
 
+
+PARAMETER_PREFIX = "lora_dip_"
+"""Begins the names of the parameters that DIPNet and IBVI add to LoRA's: PEFT saves what begins with "lora_"."""
 
 MONTECLORA_SAMPLER = "lora_monteclora_sampler"
 """Used in training alone: PEFT saves it, and makes none in a layer that it loads with `low_cpu_mem_usage`."""
@@ -84,6 +91,11 @@ def convert_targets(config: LoraConfig, model: nn.Module) -> None:
         convert_peft_config_for_transformers(config, model, conversions=None)
     finally:
         config.peft_type = own
+
+
+def is_own(name: str) -> bool:
+    """Whether a parameter, by its whole name, is one that plain LoRA does not know."""
+    return f".{PARAMETER_PREFIX}" in name
 
 
 def clean_name(name: str) -> str:

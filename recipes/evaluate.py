@@ -17,7 +17,7 @@ pass, so that `--batch_size` prompts become samples x batch_size rows in it.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from yaml import YAMLError
@@ -29,11 +29,13 @@ from dip_hf.evaluation.write import make_folder, write_report
 from dip_hf.recipe.parser import RecipeParser
 
 
-@dataclass
-class EvaluationArguments:
-    """What to evaluate, on what, and where to write the report."""
+EVALS = Path(__file__).parent.parent / "evals"
 
-    model: str = field(metadata={"help": "The base: a folder, or a name on the Hub."})
+
+@dataclass
+class CheckpointArguments:
+    """What is compared, and where the report goes."""
+
     checkpoints: list[str] = field(
         default_factory=lambda: ["base"],
         metadata={
@@ -44,59 +46,6 @@ class EvaluationArguments:
             "`name=folder,temperature` divides the logits by a temperature fitted on the validation split. Folders "
             "with a comma or a plus in their names cannot be given."
         },
-    )
-    tasks: list[str] = field(
-        default_factory=lambda: ["dip_reasoning"],
-        metadata={"help": "lm-eval tasks or groups: this project's (evals/) and lm-eval's own; patterns work."},
-    )
-    families: list[str] | None = field(
-        default=None,
-        metadata={"help": "Fine-tuning families the checkpoints were trained on; the others' tasks are left out."},
-    )
-    split: str = field(
-        default="test",
-        metadata={"help": "`test`, or `validation` to choose settings by; of this project's tasks only."},
-    )
-    limit: int | None = field(
-        default=None, metadata={"help": "The first so many items of each task; all if not given."}
-    )
-    num_samples: int = field(
-        default=0,
-        metadata={
-            "help": "Samples to average over for DIPNet adapters and `,dropout` without `samples=` of their own; the "
-            "probabilities are averaged for each token, given the tokens before it. 0 is the plain pass: noise-free, "
-            "by the posterior's mean."
-        },
-    )
-    noise_seed: int = field(default=0, metadata={"help": "Seed of those samples."})
-    calibration: bool = field(
-        default=False,
-        metadata={
-            "help": "Negative log-likelihood, calibration error, Brier score and AUROC of the answers, with a "
-            "reliability diagram; takes one more pass over the answers."
-        },
-    )
-    in_distribution: str | None = field(
-        default=None,
-        metadata={
-            "help": "The task set that the others are a shift from, and whose validation split temperatures "
-            "are fitted on; the first if not given. Used by calibration."
-        },
-    )
-    batch_size: int = field(
-        default=128,
-        metadata={
-            "help": "Prompts per forward pass. Where samples are averaged, they become num_samples x batch_size rows."
-        },
-    )
-    device: str | None = field(
-        default=None, metadata={"help": "Such as `cuda`; a CUDA device where there is one if not given."}
-    )
-    dtype: str = field(
-        default="auto", metadata={"help": "`float32`, `bfloat16` or `float16`; `auto` is the checkpoint's own."}
-    )
-    include_path: str = field(
-        default=str(Path(__file__).parent.parent / "evals"), metadata={"help": "Folder of task files."}
     )
     output_dir: str = field(
         default="runs/evaluation",
@@ -117,22 +66,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _evaluate(argv: list[str] | None) -> None:
-    (arguments,) = RecipeParser([EvaluationArguments]).parse_recipe(argv)
-    settings = EvaluationSettings(
-        model=arguments.model,
-        tasks=tuple(arguments.tasks),
-        include_path=arguments.include_path,
-        families=None if arguments.families is None else tuple(arguments.families),
-        split=arguments.split,
-        limit=arguments.limit,
-        batch_size=arguments.batch_size,
-        num_samples=arguments.num_samples,
-        noise_seed=arguments.noise_seed,
-        calibration=arguments.calibration,
-        in_distribution=arguments.in_distribution,
-        device=arguments.device,
-        dtype=arguments.dtype,
-    )
+    settings, arguments = RecipeParser([EvaluationSettings, CheckpointArguments]).parse_recipe(argv)
+    settings = replace(settings, include_path=settings.include_path or str(EVALS))
     checkpoints = [Checkpoint.parse(text) for text in arguments.checkpoints]
     import dip_hf.evaluation.lm  # noqa: F401  # it says which extra has lm-eval, where that is missing
     from dip_hf.evaluation.run import evaluate_checkpoints, prepare_tasks

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback
 
 from dip_hf.adapter_files import CONFIG_NAME
 from dip_hf.diagnostics import make_batches, suite_rows
-from dip_hf.diagnostics.functional import score_answers
+from dip_hf.diagnostics.functional import teacher_forced
 from dip_hf.diagnostics.passes import prepare_batches
 from dip_hf.environment import describe_environment, resolve_device
 from dip_hf.evaluation.sampling import make_sampler
@@ -177,7 +177,7 @@ def validate(study: Study, arm: Arm, folder: Path) -> dict[str, float]:
                 logits = model(**inputs).logits
         else:
             logits = sampler.log_probabilities(model, NoiseKey(0, step=index), **inputs)
-        parts.append(score_answers(logits, batch.labels))
+        parts.append(teacher_forced(logits, batch.labels))
     return {
         "exact_match": torch.cat([part.match for part in parts]).double().mean().item(),
         "nll": torch.cat([part.nll for part in parts]).double().mean().item(),

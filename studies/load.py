@@ -108,7 +108,7 @@ def _check(study: Study) -> None:
     _check_keys("evaluation.items", study.evaluation.items, TASK_SETS, required=["standard"])
     for name, value in study.evaluation.items.items():
         if not isinstance(value, int) or value < 1:
-            raise ValueError(f"evaluation.items.{name}={value!r} must be a number of test items per family, at least 1")
+            raise ValueError(f"evaluation.items.{name}={value!r} must be at least 1 test item per family")
     if evaluation.split not in ("test", "validation"):
         raise ValueError(f"evaluation.split={evaluation.split!r} must be 'test' or 'validation'")
     tempered = [arm.name for arm in study.arms if arm.temperature]

@@ -73,9 +73,9 @@ def measure(study: Study, arm: Arm, folders: Sequence[Path]) -> dict[str, Any]:
 def _settings(study: Study, task_sets: tuple[str, ...]) -> EvaluationSettings:
     return EvaluationSettings(
         model=study.model,
-        tasks=tuple(GROUP + name for name in task_sets),
+        tasks=[GROUP + name for name in task_sets],
         include_path=str(EVALS),
-        families=study.families,
+        families=list(study.families),
         split=study.evaluation.split,
         limit=max(study.evaluation.items[name] for name in task_sets),
         batch_size=study.evaluation.batch_size,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from dip_hf.diagnostics.functional import IGNORED
 from dip_hf.reasoning import get_family, make_split
@@ -97,20 +99,17 @@ def make_batches(rows: Sequence[Mapping[str, str]], tokenizer: Any, batch_size: 
         prompt = tokenizer(row["prompt"])["input_ids"]
         ids = tokenizer(row["prompt"] + completion)["input_ids"]
         shared = next((i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), len(prompt))
-        examples.append((ids, shared))
+        examples.append((torch.tensor(ids), shared))
+    pad = partial(pad_sequence, batch_first=True)
     batches = []
     for start in range(0, len(examples), batch_size):
         part = examples[start : start + batch_size]
-        length = max(len(ids) for ids, _ in part)
-        # What stands at padding is masked everywhere, so any token will do
-        batch = {
-            "input_ids": torch.zeros(len(part), length, dtype=torch.int64),
-            "attention_mask": torch.zeros(len(part), length, dtype=torch.int64),
-            "labels": torch.full((len(part), length), IGNORED),
-        }
-        for index, (ids, shared) in enumerate(part):
-            batch["input_ids"][index, : len(ids)] = torch.tensor(ids)
-            batch["attention_mask"][index, : len(ids)] = 1
-            batch["labels"][index, shared : len(ids)] = torch.tensor(ids[shared:])
-        batches.append(batch)
+        labels = [torch.cat([torch.full((shared,), IGNORED), ids[shared:]]) for ids, shared in part]
+        batches.append(
+            {
+                "input_ids": pad([ids for ids, _ in part]),  # masked at padding, so any token will do
+                "attention_mask": pad([torch.ones_like(ids) for ids, _ in part]),
+                "labels": pad(labels, padding_value=IGNORED),
+            }
+        )
     return batches

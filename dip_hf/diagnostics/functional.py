@@ -28,7 +28,7 @@ class Answers(NamedTuple):
     match: Tensor
 
 
-def score_answers(logits: Tensor, labels: Tensor) -> Answers:
+def teacher_forced(logits: Tensor, labels: Tensor) -> Answers:
     """Score the labelled tokens of each example, every token predicted from the true ones before it.
 
     `match` is what greedy generation gives under a scorer that compares strings: the first wrong argmax is where the

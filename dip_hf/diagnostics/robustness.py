@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from dip_hf.diagnostics.functional import Answers, add_relative_noise, fgsm, score_answers
+from dip_hf.diagnostics.functional import Answers, add_relative_noise, fgsm, teacher_forced
 from dip_hf.diagnostics.passes import DEFAULT_KEY, EmbeddingPass, noise_free, prepare_batches
 from dip_hf.noise import NoiseKey
 
@@ -77,7 +77,7 @@ def robustness(
             clean = forward.embeddings(batch)
             with torch.set_grad_enabled(bool(fgsm_scales)):
                 site = clean.clone().requires_grad_(bool(fgsm_scales))
-                answers = score_answers(forward.logits(batch, site), batch.labels)
+                answers = teacher_forced(forward.logits(batch, site), batch.labels)
                 note("none", answers)
                 if fgsm_scales:
                     (gradient,) = torch.autograd.grad(answers.nll.sum(), site)
@@ -89,7 +89,7 @@ def robustness(
                 perturbed[f"fgsm_{scale:g}"] = fgsm(clean, gradient, prompt, scale)
             with torch.no_grad():
                 for name, embeddings in perturbed.items():
-                    note(name, score_answers(forward.logits(batch, embeddings), batch.labels))
+                    note(name, teacher_forced(forward.logits(batch, embeddings), batch.labels))
     return {
         name: {
             "exact_match": torch.cat([part.match for part in parts]).double().mean().item(),

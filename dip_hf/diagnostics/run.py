@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoTokenizer
 
-from dip_hf.adapter_files import CONFIG_NAME, check_adapter_folder
+from dip_hf.adapter_files import CONFIG_NAME, check_adapter_folder, read_config
 from dip_hf.diagnostics.data import file_rows, make_batches, suite_rows
 from dip_hf.diagnostics.discrepancy import reconstruction_errors
 from dip_hf.diagnostics.picture import draw
@@ -134,7 +134,7 @@ def load_checkpoint(adapter: str, base: str | None, device: str) -> tuple[Any, A
     is_adapter = (Path(adapter) / CONFIG_NAME).is_file()
     if is_adapter:
         check_adapter_folder(adapter)
-        config = json.loads((Path(adapter) / CONFIG_NAME).read_text(encoding="utf-8"))
+        config = read_config(Path(adapter))
         base = base or config.get("base_model_name_or_path")
         if not base:
             raise ValueError(f"adapter={adapter!r} names no base model in its {CONFIG_NAME}; give base.")

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from dip_hf.diagnostics.functional import score_answers, spectral_norms
+from dip_hf.diagnostics.functional import spectral_norms, teacher_forced
 from dip_hf.diagnostics.passes import DEFAULT_KEY, EmbeddingPass, noise_free, prepare_batches
 from dip_hf.noise import NoiseKey
 
@@ -59,7 +59,7 @@ def smoothness(
     with noise_free(model), torch.enable_grad(), forward.twice_differentiable():
         for batch in prepare_batches(batches, forward.device):
             site = forward.embeddings(batch).requires_grad_()
-            answers = score_answers(forward.logits(batch, site), batch.labels)
+            answers = teacher_forced(forward.logits(batch, site), batch.labels)
             loss = answers.nll / answers.tokens
             # Rows do not meet, so the gradient of the sum is each row's own, and the Hessian is block-diagonal
             (gradient,) = torch.autograd.grad(loss.sum(), site, create_graph=True)

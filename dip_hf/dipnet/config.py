@@ -142,7 +142,7 @@ class DIPNetConfig(LoraConfig):
 
     def _check_posterior(self) -> None:
         rank = self.variational_rank
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
+        if not isinstance(rank, int) or rank < 0:
             raise ValueError(f"variational_rank={rank!r} must be a whole number, 0 (off) or more.")
         if not 0 <= self.variational_scale < math.inf:
             raise ValueError(

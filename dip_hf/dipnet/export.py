@@ -12,10 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from dip_hf.adapter_files import WEIGHTS_NAME, check_adapter_folder
 from dip_hf.dipnet.config import DIPNetConfig
-
-
-NOISE_PREFIX = "lora_dip_"
-"""Every parameter that plain LoRA does not know bears this in its name."""
+from dip_hf.peft_compat import is_own
 
 
 def export_lora(adapter: str | Path | PeftModel, output: str | Path, adapter_name: str = "default") -> Path:
@@ -51,9 +48,7 @@ def _export_folder(source: Path, output: Path) -> Path:
     config = DIPNetConfig.from_pretrained(str(source))
     names = [field.name for field in dataclasses.fields(LoraConfig) if field.init]
     lora = LoraConfig(**{name: getattr(config, name) for name in names})
-    weights = {
-        name: tensor for name, tensor in load_file(source / WEIGHTS_NAME).items() if f".{NOISE_PREFIX}" not in name
-    }
+    weights = {name: tensor for name, tensor in load_file(source / WEIGHTS_NAME).items() if not is_own(name)}
     if not weights:
         raise ValueError(f"adapter={source} has noise only: its noise-free pass is the base model, nothing to export.")
     # Which modules the names fit, only the base could tell: all of them are missing, or none is taken to be

@@ -7,7 +7,6 @@ import math
 import re
 import types
 from collections.abc import Iterator
-from enum import Enum
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from peft import LoraConfig
@@ -54,7 +53,7 @@ def check_fields(config: LoraConfig) -> None:
             raise ValueError(f"{name}={_short(pattern)} must be a dictionary of numbers; correct or remove it.")
     ranks = {"r": config.r, **{f"rank_pattern[{key!r}]": rank for key, rank in (config.rank_pattern or {}).items()}}
     for name, rank in ranks.items():
-        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        if not isinstance(rank, int) or rank < 1:
             raise ValueError(f"{name}={_short(rank)} must be a whole number of at least 1.")
     if config.megatron_config is not None or config.megatron_core not in (None, "megatron.core"):
         raise ValueError(
@@ -142,8 +141,6 @@ def _fits(value: Any, hint: Any) -> bool:
         return whole or isinstance(value, float)
     if dataclasses.is_dataclass(hint):
         return isinstance(value, dict | hint)
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return isinstance(value, hint)
     return isinstance(value, hint)
 
 

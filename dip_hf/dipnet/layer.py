@@ -14,13 +14,13 @@ from torch.utils.hooks import RemovableHandle
 from dip_hf.block_call import BlockCall
 from dip_hf.dipnet.functional import token_rms
 from dip_hf.dipnet.trajectories import repeat_rows
-from dip_hf.ibvi.layer import active_posteriors
+from dip_hf.ibvi.layer import active_covariances
 from dip_hf.noise import add_noise
 from dip_hf.noise_state import NoiseState
-from dip_hf.peft_compat import BaseTunerLayer, LoraLayer, check_adapters_to_merge
+from dip_hf.peft_compat import PARAMETER_PREFIX, BaseTunerLayer, LoraLayer, check_adapters_to_merge, is_own
 
 
-LOG_VARIANCE = "lora_dip_log_variance"
+LOG_VARIANCE = f"{PARAMETER_PREFIX}log_variance"
 """Name of the ModuleDict of a noise site."""
 SITE_NAME = "dip_noise"
 """Name of the child module that a noised block gets."""
@@ -150,15 +150,14 @@ class NoiseSite(nn.Module, BaseTunerLayer):
         for values in (self.noise_in_eval, self.seeds, self.frozen_peft_weight_names):
             values.pop(adapter_name, None)
 
-    def noised_adapter(self) -> str | None:
+    def drawn_adapter(self) -> str | None:
         """The adapter whose noise this pass adds: the first active one, or None where noise is off."""
-        if self.disable_adapters or self.merged:
+        names = self.adapters_with_noise()
+        if not names or self.disable_adapters or self.merged:
             return None
-        for name in self.noisy_adapters()[:1]:
-            return name if self.state.draws(self.training, self.noise_in_eval[name]) else None
-        return None
+        return names[0] if self.state.draws(self.training, self.noise_in_eval[names[0]]) else None
 
-    def noisy_adapters(self) -> list[str]:
+    def adapters_with_noise(self) -> list[str]:
         """The active adapters that have noise here; that of the first is drawn."""
         return [name for name in self._active_names() if name in self.lora_dip_log_variance]
 
@@ -168,7 +167,7 @@ class NoiseSite(nn.Module, BaseTunerLayer):
         Args:
             hidden_states: v, shape (m · batch, length, d) or (tokens, d).
         """
-        name = self.noised_adapter()
+        name = self.drawn_adapter()
         if name is None:
             return hidden_states
         sampling = self.state.sampling
@@ -210,11 +209,16 @@ class NoiseSite(nn.Module, BaseTunerLayer):
         return call.with_hidden_states(self(call.hidden_states))
 
 
+def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What DIPNet and IBVI add to LoRA, by parameter name: log-variances and posterior covariances."""
+    return {name: parameter for name, parameter in model.named_parameters() if is_own(name)}
+
+
 def random_layers(model: nn.Module) -> Iterator[int]:
     """Indices of blocks that would add noise, or sample weights, in a forward pass now; lazily, in no order."""
     for module in model.modules():
         if isinstance(module, NoiseSite):
-            if module.noised_adapter() is not None:
+            if module.drawn_adapter() is not None:
                 yield module.layer
         elif isinstance(module, LoraLayer):
-            yield from (leaf.block for leaf in active_posteriors(module))
+            yield from (leaf.block for leaf in active_covariances(module))

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from dip_hf.blocks import find_visible_blocks, input_size, select_blocks
 from dip_hf.dipnet.config import DIPNetConfig
 from dip_hf.dipnet.layer import SITE_NAME, NoiseSite, random_layers
+from dip_hf.dipnet.placement import add_posteriors, check_targets
 from dip_hf.dipnet.saving import SavedLoraModel
 from dip_hf.dipnet.trajectories import check_model, fold_trajectories
-from dip_hf.ibvi.layer import Covariance, active_covariances, forget_posterior, make_point
-from dip_hf.ibvi.placement import add_posteriors, check_targets
+from dip_hf.ibvi.layer import Covariance, all_active_covariances, forget_posterior, make_point
 from dip_hf.noise import NoiseKey
 from dip_hf.noise_state import NoiseState, Sampling, given_mask
 from dip_hf.peft_compat import BaseTunerLayer, LoraLayer, convert_targets
@@ -174,11 +174,11 @@ class DIPNetModel(SavedLoraModel):
 
     def noised_layers(self) -> list[int]:
         """Indices of the blocks that would add noise in a forward pass now, ascending."""
-        return sorted(site.layer for site in self._sites() if site.noised_adapter() is not None)
+        return sorted(site.layer for site in self._sites() if site.drawn_adapter() is not None)
 
     def variational_layers(self) -> list[int]:
         """Indices of the blocks in which an active adapter has a posterior, ascending."""
-        return sorted({leaf.block for leaf in active_covariances(self.model)})
+        return sorted({leaf.block for leaf in all_active_covariances(self.model)})
 
     @contextmanager
     def sampling(
@@ -273,7 +273,7 @@ class DIPNetModel(SavedLoraModel):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None and not self.training:
-            sampled = any(leaf.sampled for leaf in active_covariances(self.model))
+            sampled = any(leaf.sampled for leaf in all_active_covariances(self.model))
             named = {name for name in kwargs["adapter_names"] if name in self.peft_config}
             if sampled or self.noised_layers() or any(self.peft_config[name].noise_in_eval for name in named):
                 raise ValueError(

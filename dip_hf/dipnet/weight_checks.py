@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from dip_hf.adapter_files import Shapes
 from dip_hf.blocks import select_blocks
+from dip_hf.dipnet.layer import LOG_VARIANCE
+from dip_hf.dipnet.placement import block_of
 from dip_hf.ibvi.layer import COVARIANCE
 from dip_hf.peft_compat import MONTECLORA_SAMPLER, BaseTunerLayer, LoraModel, clean_name, get_pattern_key
 
@@ -90,7 +92,7 @@ def _check_posterior(config: DIPNetConfig, name: str, shapes: Shapes) -> None:
     """Where the module is variational, S of shape (R, r, n) must be declared beside A of shape (r, n)."""
     names = [clean_name(block) for block in config.all_block_names or ()]
     chosen = select_blocks(names, config.variational_blocks, "variational_blocks")
-    if not any(f"{name}.".startswith(f"{names[block]}.") for block in chosen):
+    if block_of(name, names, chosen) is None:
         return
     key = f"{_FILE_PREFIX}{name}.{COVARIANCE}.weight"
     expected = (config.variational_rank, *shapes.get(f"{_FILE_PREFIX}{name}.lora_A.weight", ()))
@@ -132,7 +134,7 @@ def check_loaded(
             if key in own and not tensor.is_floating_point():
                 raise ValueError(f"{key!r} is of the type {tensor.dtype}, no floating-point one; {remedy}")
             continue
-        log_variance = ".lora_dip_log_variance." in key and key.endswith(".weight")
+        log_variance = f".{LOG_VARIANCE}." in key and key.endswith(".weight")
         if not torch.isfinite((tensor.float() / 2).exp() if log_variance else tensor.float()).all():
             raise ValueError(f"{key!r} holds values that are not finite, or too large for a log-variance; {remedy}")
         if key in own and key.endswith(".rms") and (tensor < 0).any():

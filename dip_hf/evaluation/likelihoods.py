@@ -83,7 +83,7 @@ def choice_scores(log_likelihoods: ArrayLike, chosen: int, right: Sequence[int])
     return float(np.exp(normalised[chosen])), float(max(0.0, -np.logaddexp.reduce(normalised[list(right)])))
 
 
-def score_answers(
+def answer_likelihoods(
     model: DIPLM, task: Any, samples: Sequence[dict[str, Any]], metric: str
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Confidence and negative log-likelihood of every item; see `TaskScores`.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dip_hf.environment import resolve_device
 from dip_hf.evaluation.checkpoints import Checkpoint
@@ -14,45 +14,72 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What is run, besides the checkpoints; every field goes into the report.
-
-    Args:
-        model: the base: a folder, or a name on the Hub.
-        tasks: lm-eval tasks and groups.
-        include_path: folder of task files besides lm-eval's own.
-        families: fine-tuning families that the checkpoints were trained on; the others' tasks are left out. None: all.
-        split: "test", or "validation" to choose settings by; this project's tasks only.
-        limit: the first so many items of each task; None: all of them.
-        batch_size: prompts per forward pass.
-        num_samples: samples averaged over for checkpoints that have something to sample; 0 is the plain pass.
-        noise_seed: seed of those samples.
-        calibration: measure how well probabilities fit: one more pass over the answers of generation tasks.
-        in_distribution: the task set that the others are a shift from; None: the first.
-        device: such as "cuda"; None: a CUDA device where there is one.
-        dtype: one of `DTYPES`; "auto" is the checkpoint's own.
+    """What is run, besides the checkpoints; every field goes into the report, and is an option of recipes/evaluate.py.
 
     Raises:
         ValueError: a value that makes no sense, or a device that is not there; names field, value and remedy.
     """
 
-    model: str
-    tasks: tuple[str, ...]
-    include_path: str | None = None
-    families: tuple[str, ...] | None = None
-    split: str = "test"
-    limit: int | None = None
-    batch_size: int = 128
-    num_samples: int = 0
-    noise_seed: int = 0
-    calibration: bool = False
-    in_distribution: str | None = None
-    device: str | None = None
-    dtype: str = "auto"
+    model: str = field(metadata={"help": "The base: a folder, or a name on the Hub."})
+    tasks: list[str] = field(
+        default_factory=lambda: ["dip_reasoning"],
+        metadata={"help": "lm-eval tasks or groups: this project's (evals/) and lm-eval's own; patterns work."},
+    )
+    include_path: str | None = field(
+        default=None, metadata={"help": "Folder of task files besides lm-eval's own; the recipe's default is evals/."}
+    )
+    families: list[str] | None = field(
+        default=None,
+        metadata={"help": "Fine-tuning families the checkpoints were trained on; the others' tasks are left out."},
+    )
+    split: str = field(
+        default="test",
+        metadata={"help": "`test`, or `validation` to choose settings by; of this project's tasks only."},
+    )
+    limit: int | None = field(
+        default=None,
+        metadata={"help": "The first so many items of each task; all if not given, of this project's tasks 200."},
+    )
+    batch_size: int = field(
+        default=128,
+        metadata={
+            "help": "Prompts per forward pass. Where samples are averaged, they become num_samples x batch_size rows."
+        },
+    )
+    num_samples: int = field(
+        default=0,
+        metadata={
+            "help": "Samples to average over for DIPNet adapters and `,dropout` without `samples=` of their own; the "
+            "probabilities are averaged for each token, given the tokens before it. 0 is the plain pass: noise-free, "
+            "by the posterior's mean."
+        },
+    )
+    noise_seed: int = field(default=0, metadata={"help": "Seed of those samples."})
+    calibration: bool = field(
+        default=False,
+        metadata={
+            "help": "Negative log-likelihood, calibration error, Brier score and AUROC of the answers, with a "
+            "reliability diagram; takes one more pass over the answers."
+        },
+    )
+    in_distribution: str | None = field(
+        default=None,
+        metadata={
+            "help": "The task set that the others are a shift from, and whose validation split temperatures are "
+            "fitted on; the first if not given. Used by calibration."
+        },
+    )
+    device: str | None = field(
+        default=None, metadata={"help": "Such as `cuda`; a CUDA device where there is one if not given."}
+    )
+    dtype: str = field(
+        default="auto", metadata={"help": "`float32`, `bfloat16` or `float16`; `auto` is the checkpoint's own."}
+    )
 
     def __post_init__(self) -> None:
         for name in ("tasks", "families"):
             if isinstance(getattr(self, name), str):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be a tuple of names, if only of this one")
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a list of names, if only of this one")
         for name in ("limit", "batch_size", "num_samples"):
             value = getattr(self, name)
             if not isinstance(value, int) and not (name == "limit" and value is None):

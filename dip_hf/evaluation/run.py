@@ -18,11 +18,11 @@ from dip_hf.environment import resolve_device
 from dip_hf.evaluation.calibration_report import check_in_distribution
 from dip_hf.evaluation.checkpoints import Checkpoint, check_checkpoints
 from dip_hf.evaluation.likelihoods import (
+    answer_likelihoods,
     check_output_types,
     check_right_or_wrong,
     check_validation,
     fit_to_validation,
-    score_answers,
 )
 from dip_hf.evaluation.lm import DIPLM
 from dip_hf.evaluation.results import CheckpointScores, EvaluationSettings, TaskScores
@@ -173,7 +173,7 @@ def _task_scores(
     nlls: tuple[float, ...] = ()
     if settings.calibration:
         check_right_or_wrong(name, metric, values)
-        confidences, nlls = score_answers(model, tasks["tasks"][name], rows, chosen)
+        confidences, nlls = answer_likelihoods(model, tasks["tasks"][name], rows, chosen)
     items = tuple(row["doc_hash"] for row in rows)
     return TaskScores(name, task_sets(tasks)[name], metric, tuple(values), items, confidences, nlls)
 

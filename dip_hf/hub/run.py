@@ -13,11 +13,10 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 
 from dip_hf.adapter_files import CONFIG_NAME, WEIGHTS_NAME, check_adapter_folder, check_inside, read_config
-from dip_hf.dipnet.export import NOISE_PREFIX
 from dip_hf.hub.record import ENVIRONMENT_NAME, TRAINING_NAME
 from dip_hf.hub.settings import check_repo_id
 from dip_hf.model_files import check_model_folder
-from dip_hf.peft_compat import DUMMY_TARGET_MODULES
+from dip_hf.peft_compat import DUMMY_TARGET_MODULES, is_own
 
 
 MODEL = "model"
@@ -55,7 +54,7 @@ class FinishedRun:
     def has_plain_weights(self) -> bool:
         """Whether an adapter has weights besides a DIPNet adapter's own, so that a plain LoRA copy makes sense."""
         with safe_open(self.folder / WEIGHTS_NAME, framework="pt") as file:
-            return any(f".{NOISE_PREFIX}" not in name for name in file.keys())  # noqa: SIM118  (no mapping)
+            return any(not is_own(name) for name in file.keys())  # noqa: SIM118  (no mapping)
 
 
 def read_run(folder: str | Path, base_model: str | None = None, datasets: list[str] | None = None) -> FinishedRun:

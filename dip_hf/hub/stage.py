@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub import eval_result_entries_to_yaml
 from transformers import AutoTokenizer
 
-from dip_hf.adapter_files import CONFIG_NAME, WEIGHTS_NAME, check_inside
+from dip_hf.adapter_files import CONFIG_NAME, WEIGHTS_NAME, check_inside, read_config
 from dip_hf.dipnet.export import export_lora
 from dip_hf.hub.card import render_card
 from dip_hf.hub.record import ENVIRONMENT_NAME, TRAINING_NAME, scrub
@@ -147,8 +147,7 @@ def _write(path: Path, text: str) -> Path:
 
 def _public_config(run: FinishedRun, source: Path, target: Path) -> Path:
     """An adapter's config that names the base as others know it."""
-    content = json.loads(source.read_text(encoding="utf-8"))
-    content["base_model_name_or_path"] = run.base_model
+    content = {**read_config(source.parent), "base_model_name_or_path": run.base_model}
     return _write(target, json.dumps(scrub(content), indent=2, sort_keys=True) + "\n")
 
 

@@ -17,10 +17,10 @@ from dip_hf.ibvi.functional import (
 )
 from dip_hf.noise import derive_seed
 from dip_hf.noise_state import NoiseState
-from dip_hf.peft_compat import LoraLayer, LoraVariant
+from dip_hf.peft_compat import PARAMETER_PREFIX, LoraLayer, LoraVariant
 
 
-COVARIANCE = "lora_dip_covariance"
+COVARIANCE = f"{PARAMETER_PREFIX}covariance"
 """Name of the ModuleDict that a variational LoRA layer gets."""
 
 
@@ -201,15 +201,15 @@ def make_point(module: nn.Module, adapter_name: str) -> None:
         layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, adapter_name: (COVARIANCE,)}
 
 
-def active_posteriors(layer: LoraLayer) -> list[Covariance]:
-    """The posteriors of one LoRA layer that a sampled forward pass would draw from now; points are among them."""
+def active_covariances(layer: LoraLayer) -> list[Covariance]:
+    """Those of one LoRA layer whose posterior a sampled forward pass would draw from now; zeros are among them."""
     module: Any = layer
     if not covariances(module) or module.disable_adapters or module.merged:
         return []
     return [leaf for name, leaf in covariances(module).items() if name in module.active_adapters]
 
 
-def active_covariances(model: nn.Module) -> list[Covariance]:
-    """The posteriors that a sampled forward pass would draw from now."""
+def all_active_covariances(model: nn.Module) -> list[Covariance]:
+    """Those of all LoRA layers of a model."""
     layers = (module for module in model.modules() if isinstance(module, LoraLayer))
-    return [leaf for layer in layers for leaf in active_posteriors(layer)]
+    return [leaf for layer in layers for leaf in active_covariances(layer)]

@@ -18,10 +18,9 @@ from transformers.training_args import OptimizerNames
 
 from dip_hf.blocks import select_blocks
 from dip_hf.dipnet import DIPNetConfig
-from dip_hf.dipnet.export import NOISE_PREFIX
 from dip_hf.dres import DReSBranch
 from dip_hf.icp import ICPBranch
-from dip_hf.peft_compat import BaseTunerLayer
+from dip_hf.peft_compat import BaseTunerLayer, is_own
 from dip_hf.recipe.arguments import AdapterArguments, DataArguments, model_options
 from dip_hf.recipe.data import check_run, is_local, load_datasets
 from dip_hf.recipe.gsm8k import TRAIN_ROWS as GSM8K_TRAIN_ROWS
@@ -193,7 +192,7 @@ def _describe_adapter(model: nn.Module, training: DIPSFTConfig, adapter: Adapter
     count = sum(p.numel() for p in trainable.values())
     # Over a quantised base TRL trains LoRA in bf16; `DIPNetObjective.restore_precision` leaves out what is DIPNet's
     quantised = adapter.load_in_4bit or adapter.load_in_8bit
-    in_bf16 = {n for n in trainable if quantised and f".{NOISE_PREFIX}" not in n and "magnitude_vector" not in n}
+    in_bf16 = {n for n in trainable if quantised and not is_own(n) and "magnitude_vector" not in n}
     # A parameter, its gradient and Adam's two moments
     memory = sum(4 * p.numel() * (2 if n in in_bf16 else p.element_size()) for n, p in trainable.items())
     yield f"adapter     {adapter.adapter}: {count:,} trainable parameters, {_size(memory)} with gradients and moments"

@@ -63,7 +63,7 @@ def check_drawn_noise(model: nn.Module) -> None:
             before it.
     """
     for site in (module for module in model.modules() if isinstance(module, NoiseSite)):
-        drawn, *others = site.noisy_adapters() or [""]
+        drawn, *others = site.adapters_with_noise() or [""]
         for name in others:
             if site.leaf(name).weight.requires_grad:
                 raise ValueError(

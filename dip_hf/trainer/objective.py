@@ -11,19 +11,13 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from dip_hf.dipnet.export import NOISE_PREFIX
 from dip_hf.dipnet.functional import head_gram, output_variance, variance_penalty
-from dip_hf.dipnet.layer import LogVariance, random_layers
+from dip_hf.dipnet.layer import LogVariance, own_parameters, random_layers
 from dip_hf.dipnet.model import DIPNetModel
 from dip_hf.dipnet.trajectories import repeat_rows
 from dip_hf.noise import NoiseKey
 from dip_hf.trainer.config import DIPSFTConfig
 from dip_hf.trainer.terms import Term, token_mean
-
-
-def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What DIPNet and IBVI add to LoRA, by parameter name: log-variances and posterior covariances."""
-    return {name: parameter for name, parameter in model.named_parameters() if f".{NOISE_PREFIX}" in name}
 
 
 class DIPNetObjective:

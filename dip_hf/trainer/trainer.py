@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from dip_hf.dipnet.config import DIPNetConfig
+from dip_hf.dipnet.layer import own_parameters
 from dip_hf.dipnet.model import DIPNetModel
 from dip_hf.dres import DReSBranch
 from dip_hf.icp import ICPBranch
@@ -32,7 +33,7 @@ from dip_hf.trainer.checks import (
 )
 from dip_hf.trainer.config import DIPSFTConfig, own_config
 from dip_hf.trainer.idle import IdleICP, warn_of_idle_fields, warn_of_idle_terms
-from dip_hf.trainer.objective import DIPNetObjective, DIPNetPass, fold_labels, own_parameters
+from dip_hf.trainer.objective import DIPNetObjective, DIPNetPass, fold_labels
 from dip_hf.trainer.optimizer import check_own_optimizer, check_posterior, compose_optimizer
 from dip_hf.trainer.second_pass_checks import check_one_loss_pass, check_second_pass
 from dip_hf.trainer.terms import Term, check_finite, token_mean, total_loss

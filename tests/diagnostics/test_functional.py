@@ -7,7 +7,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from dip_hf.diagnostics.functional import add_relative_noise, fgsm, gaussian_w2, score_answers, spectral_norms
+from dip_hf.diagnostics.functional import add_relative_noise, fgsm, gaussian_w2, spectral_norms, teacher_forced
 
 
 def matrices(seed: int, batch: int, size: int) -> torch.Tensor:
@@ -99,7 +99,7 @@ def test_answers_are_scored_as_in_a_loop() -> None:
     logits = torch.randn(40, 5, 3, generator=generator, dtype=torch.float64)
     labels = torch.randint(0, 3, (40, 5), generator=generator)
     labels[:, 1] = -100
-    found = score_answers(logits, labels)
+    found = teacher_forced(logits, labels)
     for row in range(40):
         places = [t for t in range(1, 5) if labels[row, t] >= 0]
         log_p = [logits[row, t - 1].log_softmax(-1)[labels[row, t]].item() for t in places]

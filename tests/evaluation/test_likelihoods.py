@@ -18,12 +18,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dip_hf.evaluation.calibration import TEMPERATURES
 from dip_hf.evaluation.likelihoods import (
+    answer_likelihoods,
     check_output_types,
     check_right_or_wrong,
     check_validation,
     choice_scores,
     fit_to_validation,
-    score_answers,
 )
 from dip_hf.evaluation.lm import DIPLM
 from dip_hf.evaluation.tasks import load_tasks
@@ -107,7 +107,7 @@ def test_a_tokenizer_whose_decoder_takes_a_leading_space_away() -> None:
     assert answer == " 16"
     sample = {"arguments": [request.args], "resps": [[answer]], "target": "16"}
     task = SimpleNamespace(OUTPUT_TYPE="generate_until", config=SimpleNamespace(target_delimiter=" "))
-    (confidence,), (nll,) = score_answers(model, task, [sample], "exact_match")
+    (confidence,), (nll,) = answer_likelihoods(model, task, [sample], "exact_match")
     assert confidence > 0.9 and math.isclose(confidence, math.exp(-nll), rel_tol=1e-4)
     assert model._ends(["\n", "Question:"]) == [[1], [2 + 10], tokenizer("xQuestion:").input_ids[2:]]
 
@@ -137,17 +137,17 @@ def test_multiple_choice_takes_lm_evals_likelihoods() -> None:
     responses = [[(math.log(0.4), False)], [(math.log(0.6), True)], [(-7.0, False)], [(-9.0, False)]]
     doc = {"choices": ["a", "a long one"], "text": 1}
     sample = {"doc": doc, "target": 0, "resps": responses}  # the last two are for mutual information
-    (confidence,), (nll,) = score_answers(None, choice_task(), [sample], "acc")
+    (confidence,), (nll,) = answer_likelihoods(None, choice_task(), [sample], "acc")
     assert math.isclose(confidence, 0.6) and math.isclose(nll, -math.log(0.4))
     # Per letter the long one is the likelier by far; then the short one's share counts
-    (confidence,), _ = score_answers(None, choice_task(), [sample | {"resps": responses[::-1][2:]}], "acc_norm")
+    (confidence,), _ = answer_likelihoods(None, choice_task(), [sample | {"resps": responses[::-1][2:]}], "acc_norm")
     assert math.isclose(confidence, 0.4)
     by_name = {**sample, "target": "a long one"}
-    assert math.isclose(score_answers(None, choice_task(), [by_name], "acc")[1][0], -math.log(0.6))
-    (_, [nll]) = score_answers(None, choice_task(multiple_input=True), [sample], "acc")
+    assert math.isclose(answer_likelihoods(None, choice_task(), [by_name], "acc")[1][0], -math.log(0.6))
+    (_, [nll]) = answer_likelihoods(None, choice_task(multiple_input=True), [sample], "acc")
     assert math.isclose(nll, -math.log(0.6))  # with several inputs, the text field names the right one
     with pytest.raises(ValueError, match="'exact_match' of task colours is no score of a choice"):
-        score_answers(None, choice_task(), [sample], "exact_match")
+        answer_likelihoods(None, choice_task(), [sample], "exact_match")
 
 
 def test_a_fitted_temperature_has_the_least_loss_on_the_validation_split(base_folder: str, lora_folder: str) -> None:

@@ -22,7 +22,10 @@ ROOT = Path(__file__).parents[2]
         ({"seed": [0]}, "the key 'seed' is unknown; did you mean 'seeds'"),
         ({"selection": {"seeds": [7]}}, r"selection.seeds: 7 is none of seeds=\[0, 1\]"),
         ({"evaluation": {"items": {"standrad": 4}}}, "evaluation.items: the key 'standrad' is unknown; did you mean"),
-        ({"evaluation": {"items": {"standard": 0}}}, "evaluation.items.standard=0 must be a number of test items per family, at least 1"),
+        (
+            {"evaluation": {"items": {"standard": 0}}},
+            "evaluation.items.standard=0 must be at least 1 test item per family",
+        ),
         (
             {"evaluation": {"items": {"standard": 4}, "probe_items": -1}},
             "evaluation.probe_items=-1 must not be negative",

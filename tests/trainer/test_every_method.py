@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import SFTTrainer
 
 from dip_hf import DIPNetConfig, export_lora
-from dip_hf.dipnet.export import NOISE_PREFIX
 from dip_hf.dipnet.layer import LOG_VARIANCE
 from dip_hf.ibvi.layer import COVARIANCE
+from dip_hf.peft_compat import is_own
 from tests.trainer.methods import METHODS, Method
 from tests.trainer.tiny import ADAPTER, assert_close, base_model, gradients, losses, make_trainer, tokenised
 
@@ -99,7 +99,7 @@ def test_activation_checkpointing(name: str, tmp_path: Path) -> None:
 
 
 def trained_noise(trainer: Any) -> dict[str, torch.nn.Parameter]:
-    return {key: p for key, p in trainer.model.named_parameters() if f".{NOISE_PREFIX}" in key and p.requires_grad}
+    return {key: p for key, p in trainer.model.named_parameters() if is_own(key) and p.requires_grad}
 
 
 def assert_moved(trainer: Any, before: dict[str, torch.Tensor]) -> None:

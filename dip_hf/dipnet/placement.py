@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from dip_hf.dipnet.config import DIPNetConfig
 from dip_hf.ibvi.layer import VariationalLora, covariances
 from dip_hf.noise_state import NoiseState
 from dip_hf.peft_compat import BaseTunerLayer, LoraLayer, clean_name
 
 
-if TYPE_CHECKING:
-    from dip_hf.dipnet.config import DIPNetConfig
-
-
-def _block_of(name: str, block_names: Sequence[str], blocks: Sequence[int]) -> int | None:
+def block_of(name: str, block_names: Sequence[str], blocks: Sequence[int]) -> int | None:
     """The one of `blocks` that a module lies in, or is."""
     return next((block for block in blocks if f"{name}.".startswith(f"{block_names[block]}.")), None)
 
@@ -50,7 +47,7 @@ def check_targets(
     if config.target_modules is None or config.target_modules == "all-linear":
         return  # PEFT knows them only later, and they are linear layers
     names = config.all_block_names or []
-    inside = {name: module for name, module in model.named_modules() if _block_of(name, names, blocks) is not None}
+    inside = {name: module for name, module in model.named_modules() if block_of(name, names, blocks) is not None}
     targets = {name: module for name, module in inside.items() if is_target(name)}
     others = [f"{name} ({type(module).__name__})" for name, module in targets.items() if not _is_linear(module)]
     if others:
@@ -86,7 +83,7 @@ def add_posteriors(
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer) and adapter_name in module.lora_A and _is_linear(module)
     }
-    found = {name: block for name in layers if (block := _block_of(name, names, blocks)) is not None}
+    found = {name: block for name in layers if (block := block_of(name, names, blocks)) is not None}
     if not found:
         raise ValueError(_no_target(config))
     for name, block in found.items():
