@@ -23,7 +23,7 @@ from dip_hf.recipe.data import check_run, load_datasets
 from dip_hf.recipe.dry_run import describe_run
 from dip_hf.recipe.resume import resumed_checkpoint
 from dip_hf.trainer import DIPSFTConfig, DIPSFTTrainer
-from dip_hf.trainer.resume import check_resumed
+from dip_hf.trainer.checks.resume import check_resumed
 
 
 ARCHITECTURES = Path(__file__).parent / "architectures"

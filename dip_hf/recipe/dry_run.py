@@ -25,9 +25,9 @@ from dip_hf.recipe.arguments import AdapterArguments, DataArguments, model_optio
 from dip_hf.recipe.data import check_run, is_local, load_datasets
 from dip_hf.recipe.gsm8k import TRAIN_ROWS as GSM8K_TRAIN_ROWS
 from dip_hf.trainer import DIPSFTConfig, optimizer_groups
-from dip_hf.trainer.optimizer import check_posterior
+from dip_hf.trainer.checks.optimizer import check_posterior
+from dip_hf.trainer.checks.second_pass import check_one_loss_pass
 from dip_hf.trainer.publishing import check_public_base
-from dip_hf.trainer.second_pass_checks import check_one_loss_pass
 
 
 _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")

@@ -11,8 +11,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from dip_hf.trainer.checkpoints import last_checkpoint
-from dip_hf.trainer.config import DIPSFTConfig
-from dip_hf.trainer.data_checks import (
+from dip_hf.trainer.checks.data import (
     by_name,
     check_columns,
     check_dataset,
@@ -21,9 +20,10 @@ from dip_hf.trainer.data_checks import (
     check_steps_made,
     check_streamed,
 )
+from dip_hf.trainer.checks.resume import check_resumed
+from dip_hf.trainer.config import DIPSFTConfig
 from dip_hf.trainer.gradients import FiniteGradients, check_finite_weights
 from dip_hf.trainer.publishing import PublishingTrainer
-from dip_hf.trainer.resume import check_resumed
 
 
 class CheckedTrainer(PublishingTrainer):

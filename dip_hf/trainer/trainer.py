@@ -22,20 +22,14 @@ from dip_hf.icp import ICPBranch
 from dip_hf.icp.functional import compared_tokens
 from dip_hf.noise import NoiseKey
 from dip_hf.trainer.checked import CheckedTrainer
-from dip_hf.trainer.checks import (
-    check_batch,
-    check_drawn_noise,
-    check_no_adapter,
-    check_noise_setup,
-    check_parallelism,
-    check_recomputation,
-    check_trainable,
-)
+from dip_hf.trainer.checks.adapter import check_drawn_noise, check_no_adapter, check_trainable
+from dip_hf.trainer.checks.optimizer import check_own_optimizer, check_posterior
+from dip_hf.trainer.checks.second_pass import check_one_loss_pass, check_second_pass
+from dip_hf.trainer.checks.setup import check_batch, check_noise_setup, check_parallelism, check_recomputation
 from dip_hf.trainer.config import DIPSFTConfig, own_config
 from dip_hf.trainer.idle import IdleICP, warn_of_idle_fields, warn_of_idle_terms
 from dip_hf.trainer.objective import DIPNetObjective, DIPNetPass, fold_labels
-from dip_hf.trainer.optimizer import check_own_optimizer, check_posterior, compose_optimizer
-from dip_hf.trainer.second_pass_checks import check_one_loss_pass, check_second_pass
+from dip_hf.trainer.optimizer import compose_optimizer
 from dip_hf.trainer.terms import Term, check_finite, token_mean, total_loss
 
 

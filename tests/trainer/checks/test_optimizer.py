@@ -13,7 +13,8 @@ from peft import get_peft_model
 from torch import nn
 
 from dip_hf import DIPNetConfig, DIPSFTConfig
-from dip_hf.trainer.optimizer import check_own_optimizer, compose_optimizer
+from dip_hf.trainer.checks.optimizer import check_own_optimizer
+from dip_hf.trainer.optimizer import compose_optimizer
 from tests.trainer.tiny import ADAPTER, base_model, make_trainer
 
 

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from dip_hf import DIPNetConfig
-from dip_hf.trainer.objective import own_parameters
+from dip_hf.dipnet.layer import own_parameters
 from tests.trainer.tiny import ADAPTER, base_model, losses, make_trainer, tokenised
 
 

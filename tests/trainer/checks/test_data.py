@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dip_hf import DIPNetConfig, DIPSFTTrainer
-from dip_hf.trainer.data_checks import _idle_rows
+from dip_hf.trainer.checks.data import _idle_rows
 from tests.trainer.tiny import ADAPTER, base_model, losses, make_trainer, tokenised, tokenizer
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import SFTTrainer
 
-from dip_hf.trainer.checks import active_lora
+from dip_hf.trainer.checks.adapter import active_lora
 from dip_hf.trainer.config import DIPSFTConfig
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from dip_hf import DIPNetConfig
-from dip_hf.trainer.checks import check_batch, check_noise_setup
+from dip_hf.trainer.checks.setup import check_batch, check_noise_setup
 from tests.trainer.tiny import ADAPTER, base_model, make_trainer, tokenised
 
 

@@ -12,8 +12,8 @@ from accelerate.utils import DynamoBackend
 from peft import LoraConfig
 
 from dip_hf import DIPSFTConfig
-from dip_hf.trainer.checks import check_parallelism
-from dip_hf.trainer.second_pass_checks import check_second_pass
+from dip_hf.trainer.checks.second_pass import check_second_pass
+from dip_hf.trainer.checks.setup import check_parallelism
 from tests.trainer.methods import DRES, ICP, SEQUENCE
 from tests.trainer.tiny import ADAPTER, base_model, make_trainer
 

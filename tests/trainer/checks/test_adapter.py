@@ -10,7 +10,7 @@ import pytest
 from peft import LoraConfig, MontecloraConfig, get_peft_model
 
 from dip_hf import DIPNetConfig
-from dip_hf.trainer.checks import check_recomputation
+from dip_hf.trainer.checks.setup import check_recomputation
 from tests.trainer.methods import DRES, ICP
 from tests.trainer.tiny import base_model, make_trainer
 
