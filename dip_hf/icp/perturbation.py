@@ -35,9 +35,10 @@ from dip_hf.noise import NoiseKey
 from dip_hf.second_pass import Surroundings, block_output, fit_mask
 
 
-_LOSS_SCALE = 2.0**12
-"""Times which the loss is differentiated: the gradient of a mean over thousands of tokens is lost in fp16. A power of
-two changes nothing in wider types, since a step does not depend on the gradient's scale (this project's choice)."""
+_LOSS_SCALES = (2.0**12, 1.0, 2.0**-12)
+"""Times which the loss is differentiated, until nothing overflows: in fp16 the gradient of a mean over thousands of
+tokens is lost, and that of one over a few can be too large. Powers of two change nothing in wider types (this
+project's choice)."""
 
 
 class FeatureLoss(NamedTuple):
@@ -171,14 +172,14 @@ class ICPBranch:
             tokens = tokens & compared_tokens(inputs)  # not in place: it may be the caller's mask
         clean, mask = record.site.detach(), fit_mask(tokens, record.site, in_front=False)
         sign = -1 if options.direction == "ascent" else 1
-        (gradient,) = torch.autograd.grad(_LOSS_SCALE * task_loss, record.site, retain_graph=True)
+        gradient = _input_gradient(task_loss, record.site)
         step, state = perturbation_step(gradient, clean, mask, options.epsilon, options.update)
         shift = sign * step
         for _ in range(1, options.steps):
             assert clean_loss is not None  # checked above
             site = (clean + shift).to(clean.dtype).requires_grad_()
             with self._hook_site(_put_once(site)), record.start.restored_generators(), torch.enable_grad():
-                (gradient,) = torch.autograd.grad(_LOSS_SCALE * clean_loss(), site)
+                gradient = _input_gradient(clean_loss(), site)
             step, state = perturbation_step(gradient, clean, mask, options.epsilon, options.update, state)
             shift = shift + sign * step
         if options.direction == "random":
@@ -278,6 +279,15 @@ class ICPBranch:
             return record.site
 
         return open_once
+
+
+def _input_gradient(loss: Tensor, site: Tensor) -> Tensor:
+    """∂loss/∂site in fp32 or wider; the graph stays alive."""
+    for scale in _LOSS_SCALES:
+        (gradient,) = torch.autograd.grad(scale * loss, site, retain_graph=True)
+        if gradient.isfinite().all():
+            break
+    return gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / scale
 
 
 def _put_once(replacement: Tensor) -> Callable[[Tensor], Tensor]:

@@ -175,6 +175,8 @@ class DIPSFTTrainer(CheckedTrainer):
                 scale = 1 if items is None else self._counted_processes()
                 total, tokens = icp.loss(clean, inputs, task, lambda: again().loss * scale, key)
                 terms.append(self._feature_term(total, tokens, feature_weight, num_items_in_batch, steps))
+            elif self.icp is not None:
+                values["icp/features_weighted"] = 0.0  # so that a log line's mean is that of all its steps
         self._log_terms(terms, values)
         return total_loss(terms, steps)
 
@@ -272,8 +274,7 @@ class DIPSFTTrainer(CheckedTrainer):
         for term, mean in zip(terms, reduced.tolist(), strict=True):
             check_finite(term.name, mean, self.state.global_step)  # the mean, so that all ranks stop together
             metrics[term.name].append(mean)
-            if term.weight != 1:
-                metrics[f"{term.name}_weighted"].append(mean * term.weight)
+            metrics[f"{term.name}_weighted"].append(mean * term.weight)
         for name, value in values.items():
             metrics[name].append(value)
 

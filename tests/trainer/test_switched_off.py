@@ -92,7 +92,20 @@ def test_log_and_weighting(weighting: str, tmp_path: Path) -> None:
             assert entry["icp/features_weighted"] == pytest.approx(0.5 * (1 - a) * entry["icp/features"], rel=1e-4)
         assert ("icp/features" in entry) == (step in (4, 6))
         task = a * entry["task"] if weighting == "paper" else entry["task"]
-        assert entry.get("task_weighted", entry["task"]) == pytest.approx(task, rel=1e-4)
+        assert entry["task_weighted"] == pytest.approx(task, rel=1e-4)
         assert entry["dres/error_weighted"] == pytest.approx(0.5 * entry["dres/error"], rel=1e-4)
-        total = task + entry["dres/error_weighted"] + entry.get("icp/features_weighted", 0.0)
-        assert entry["loss"] == pytest.approx(total, rel=1e-4)
+        assert entry["loss"] == pytest.approx(_weighted(entry), rel=1e-4)
+
+
+def _weighted(entry: dict[str, float]) -> float:
+    return sum(value for name, value in entry.items() if name.endswith("_weighted"))
+
+
+@pytest.mark.parametrize("weighting", ["additive", "paper"])
+def test_terms_of_a_line_over_several_steps_add_up_to_its_loss(weighting: str, tmp_path: Path) -> None:
+    """Of which ICP acts in some only, and weighs the task in some only."""
+    options = {**DRES, **ICP, "icp_warmup": 0.25, "icp_interval": 2, "icp_weighting": weighting, "logging_steps": 8}
+    trainer = make_trainer(tmp_path, DIPNetConfig(**ADAPTER), {**options, "max_steps": 8})
+    trainer.train()
+    (line,) = (entry for entry in trainer.state.log_history if "loss" in entry)
+    assert line["icp/features_weighted"] > 0 and line["loss"] == pytest.approx(_weighted(line), rel=1e-4)

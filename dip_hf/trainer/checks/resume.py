@@ -17,6 +17,8 @@ from dip_hf.dipnet import DIPNetConfig
 _OF_LORA = (
     "r",
     "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
     "target_modules",
     "target_parameters",
     "modules_to_save",

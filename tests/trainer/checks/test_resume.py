@@ -38,6 +38,8 @@ OPTIONS = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "per_devic
         ),
         ({}, {"r": 4}, r"r=4, but .* has 2;"),
         ({}, {"lora_alpha": 64}, r"lora_alpha=64, but .* has 8;"),
+        ({}, {"alpha_pattern": {"q_proj": 64}}, r"alpha_pattern=\{'q_proj': 64\}, but .* has \{\};"),
+        ({}, {"rank_pattern": {"q_proj": 4}}, r"rank_pattern=\{'q_proj': 4\}, but .* has \{\};"),
         ({}, {"target_modules": ["v_proj", "q_proj"]}, r"target_modules=\['q_proj', 'v_proj'\], but .* has \['down"),
         ({"use_rslora": True}, {}, r"use_rslora=False, but .* has True;"),
     ],
