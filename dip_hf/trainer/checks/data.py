@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -50,31 +49,29 @@ def check_dataset(name: str, dataset: object, args: SFTConfig) -> None:
     completion_only = args.completion_only_loss
     if completion_only is None:
         completion_only = {"prompt", "completion"} <= set(dataset.column_names)
-    columns = {"labels": -100}
+    ignored = {"labels": -100}
     if "labels" not in dataset.column_names:  # which TRL then makes of the masks
-        columns |= {"assistant_masks": 0, **({"completion_mask": 0} if completion_only else {})}
-    for column, ignored in columns.items():
-        if column in dataset.column_names:
-            if not isinstance(dataset.with_format(None)[0][column], list):
-                raise ValueError(
-                    f"{name}: the column {column!r} must hold a list with an entry for each token, got "
-                    f"{dataset.with_format(None)[0][column]!r} in row 0; rename or remove it."
-                )
-            for index, row in enumerate(dataset.with_format(None)[column]):
-                if all(value == ignored for value in row[1:]):  # nothing predicts the first token
-                    raise ValueError(
-                        f"{name} row {index}: every entry of {column!r} is {ignored} (the first does not count, for "
-                        "nothing predicts it), so the row trains nothing; drop it or label at least one token."
-                    )
-    masks = [column for column in columns if column in dataset.column_names and column != "labels"]
-    if len(masks) > 1:  # TRL labels a token where all of them do
-        rows = zip(*(dataset.with_format(None)[column] for column in masks), strict=True)
-        for index, row in enumerate(rows):
-            if not any(all(bits) for bits in list(zip(*row, strict=False))[1:]):
-                raise ValueError(
-                    f"{name} row {index}: {' and '.join(masks)} have no token in common (the first does not count, "
-                    "for nothing predicts it), so the row trains nothing; drop it, or remove one of the columns."
-                )
+        ignored |= {"assistant_masks": 0, **({"completion_mask": 0} if completion_only else {})}
+    ignored = {column: value for column, value in ignored.items() if column in dataset.column_names}
+    for column, value in ignored.items():
+        first = dataset.with_format(None)[0][column]
+        if not isinstance(first, list):
+            raise ValueError(
+                f"{name}: the column {column!r} must hold a list with an entry for each token, got {first!r} in row "
+                "0; rename or remove it."
+            )
+        row = _untrained_row(name, dataset, {column: value})
+        if row is not None:
+            raise ValueError(
+                f"{name} row {row}: every entry of {column!r} is {value} (the first does not count, for nothing "
+                "predicts it), so the row trains nothing; drop it or label at least one token."
+            )
+    row = _untrained_row(name, dataset, ignored) if len(ignored) > 1 else None
+    if row is not None:  # TRL labels a token where all masks do
+        raise ValueError(
+            f"{name} row {row}: {' and '.join(ignored)} have no token in common (the first does not count, for "
+            "nothing predicts it), so the row trains nothing; drop it, or remove one of the columns."
+        )
     if args.assistant_only_loss and "messages" in dataset.column_names:
         for index, messages in enumerate(dataset.with_format(None)["messages"]):
             if all(message.get("role", "assistant") != "assistant" for message in messages):
@@ -122,16 +119,62 @@ def _check_values(name: str, dataset: Dataset, text_field: str) -> None:
             if len(missing):
                 raise ValueError(f"{name} row {first + missing[0]}: {column!r} is null; drop the row or fill it in.")
             if column in _CONVERSATIONS and (is_list(values.type) or is_large_list(values.type)):
-                empty = np.flatnonzero(list_value_length(values).to_numpy(zero_copy_only=False) == 0)
+                empty = np.flatnonzero(_lengths(values) == 0)
                 if len(empty):
                     raise ValueError(f"{name} row {first + empty[0]}: {column!r} has no message; drop the row.")
             first += len(values)
+
+
+def _untrained_row(name: str, dataset: Dataset, ignored: Mapping[str, int]) -> int | None:
+    """The first row without a token, behind its first one, that all columns have another value for than `ignored`'s.
+
+    Raises:
+        ValueError: a row has entries for another number of tokens in one column than in another.
+    """
+    first = 0
+    for arrays in zip(*(_arrays(dataset, column) for column in ignored), strict=True):
+        lengths = [_lengths(values) for values in arrays]
+        for column, own in zip(ignored, lengths, strict=True):
+            differing = np.flatnonzero(own != lengths[0])
+            if len(differing):
+                raise ValueError(
+                    f"{name} row {first + differing[0]}: {column!r} has {own[differing[0]]} entries, "
+                    f"{next(iter(ignored))!r} {lengths[0][differing[0]]}; give one for each token."
+                )
+        trained = [_flat(values) != value for values, value in zip(arrays, ignored.values(), strict=True)]
+        rows = _untrained(lengths[0], np.logical_and.reduce(trained))
+        if len(rows):
+            return first + int(rows[0])
+        first += len(lengths[0])
+    return None
+
+
+def _untrained(lengths: np.ndarray, trained: np.ndarray) -> np.ndarray:
+    """Indices of the rows without a trained token behind their first, which nothing predicts.
+
+    Args:
+        lengths: of the rows, in tokens.
+        trained: of all rows, one after the other, whether a token is; bool.
+    """
+    ends = np.cumsum(lengths)
+    behind = trained.copy()
+    behind[(ends - lengths)[lengths > 0]] = False
+    sums = np.concatenate([[0], np.cumsum(behind)])
+    return np.flatnonzero(sums[ends] == sums[ends - lengths])
 
 
 def _arrays(dataset: Dataset, column: str) -> Iterator[Any]:
     """The values of a column as Arrow arrays, piece by piece."""
     for batch in dataset.select_columns(column).with_format("arrow").iter(10_000):
         yield batch[column].combine_chunks()
+
+
+def _lengths(lists: Any) -> np.ndarray:
+    return list_value_length(lists).to_numpy(zero_copy_only=False)
+
+
+def _flat(lists: Any) -> np.ndarray:
+    return lists.flatten().to_numpy(zero_copy_only=False)
 
 
 def check_prepared(name: str, given: object, prepared: object, args: SFTConfig, packing: bool) -> None:
@@ -154,12 +197,10 @@ def check_prepared(name: str, given: object, prepared: object, args: SFTConfig, 
     if not packing:
         dropped = len(given) - len(prepared)
     elif args.packing_strategy == "bfd" and {"labels", "seq_lengths"} <= set(prepared.column_names):
-        dropped = sum(
-            all(label == -100 for label in labels[end - length + 1 : end])
-            for labels, lengths in zip(rows["labels"], rows["seq_lengths"], strict=True)
-            for length, end in zip(lengths, accumulate(lengths), strict=True)
-            if length > 1  # a lone token, such as an empty text's, has nothing to predict; it is not cut
-        )
+        for labels, lengths in zip(_arrays(prepared, "labels"), _arrays(prepared, "seq_lengths"), strict=True):
+            sizes = _flat(lengths)
+            # A lone token, such as an empty text's, has nothing to predict; it is not cut
+            dropped += int((sizes[_untrained(sizes, _flat(labels) != -100)] > 1).sum())
     if dropped > 0:
         raise ValueError(
             f"max_length={args.max_length} cuts every label off {dropped} of {len(given)} rows of {name}, or they "
@@ -170,8 +211,9 @@ def check_prepared(name: str, given: object, prepared: object, args: SFTConfig, 
     if not packing and "labels" in rows.column_names:
         first = 0
         for labels in _arrays(prepared, "labels"):
-            lengths = list_value_length(labels).to_numpy(zero_copy_only=False)
-            idle = _idle_rows(lengths, labels.flatten().to_numpy(zero_copy_only=False))
+            lengths = _lengths(labels)
+            idle = _untrained(lengths, _flat(labels) != -100)
+            idle = idle[lengths[idle] > 1]
             if len(idle):
                 raise ValueError(
                     f"{name} row {first + idle[0]}, as prepared with max_length={args.max_length}: no token but "
@@ -179,20 +221,6 @@ def check_prepared(name: str, given: object, prepared: object, args: SFTConfig, 
                     "it, or give it a completion."
                 )
             first += len(labels)
-
-
-def _idle_rows(lengths: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Indices of the rows of two tokens or more without a label but perhaps on their first.
-
-    Args:
-        lengths: of the rows, in tokens.
-        labels: of all rows, one after the other; -100 where there is none.
-    """
-    ends = np.cumsum(lengths)
-    trained = labels != -100
-    trained[(ends - lengths)[lengths > 0]] = False
-    sums = np.concatenate([[0], np.cumsum(trained)])
-    return np.flatnonzero((lengths > 1) & (sums[ends] == sums[ends - lengths]))
 
 
 def check_streamed(batches: Sequence[Mapping[str, Any]]) -> None:

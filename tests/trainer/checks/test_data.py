@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dip_hf import DIPNetConfig, DIPSFTTrainer
-from dip_hf.trainer.checks.data import _idle_rows
+from dip_hf.trainer.checks.data import _untrained
 from tests.trainer.tiny import ADAPTER, base_model, losses, make_trainer, tokenised, tokenizer
 
 
@@ -127,10 +127,18 @@ def test_empty_texts_are_not_cut_off(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.lists(st.sampled_from([-100, 3, 4]), max_size=4), min_size=1, max_size=6))
-def test_idle_rows_are_those_of_a_plain_loop(rows: list[list[int]]) -> None:
-    expected = [i for i, row in enumerate(rows) if len(row) > 1 and all(label == -100 for label in row[1:])]
+def test_untrained_rows_are_those_of_a_plain_loop(rows: list[list[int]]) -> None:
+    expected = [i for i, row in enumerate(rows) if all(label == -100 for label in row[1:])]
     labels = np.array([label for row in rows for label in row], dtype=np.int64)
-    assert _idle_rows(np.array([len(row) for row in rows]), labels).tolist() == expected
+    assert _untrained(np.array([len(row) for row in rows]), labels != -100).tolist() == expected
+
+
+def test_masks_of_another_length(tmp_path: Path) -> None:
+    row = {"input_ids": [3, 4, 5], "assistant_masks": [0, 1, 1], "completion_mask": [0, 1, 1]}
+    rows = Dataset.from_list([row, {**row, "completion_mask": [0, 1]}])
+    message = r"train_dataset row 1: 'completion_mask' has 2 entries, 'assistant_masks' 3; give one for each token"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, None, {"completion_only_loss": True}, data=rows)
 
 
 def test_rows_that_train_nothing_as_prepared(tmp_path: Path) -> None:
