@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from dip_hf.blocks import find_decoder_blocks, select_blocks
 from dip_hf.dres.coded_pass import CodedPass, DReSRecord
@@ -30,10 +31,7 @@ def find_mlp(name: str, block: nn.Module) -> tuple[str, nn.Module]:
     Raises:
         ValueError: the block has no MLP of its own module, or one that is no smooth map of a token alone.
     """
-    child, mlp = next(
-        ((child, getattr(block, child)) for child in _MLP_NAMES if isinstance(getattr(block, child, None), nn.Module)),
-        ("", None),
-    )
+    child, mlp = next(((child, mlp) for child, mlp in block.named_children() if child in _MLP_NAMES), ("", None))
     kind, remedy = type(block).__name__, "use dres_placement='sequence', or other dres_blocks"
     if mlp is None:
         raise ValueError(
@@ -74,7 +72,7 @@ class DReSBranch:
         ValueError: options that cannot work in this model; names field, value and remedy.
     """
 
-    def __init__(self, model: nn.Module, options: DReSOptions, block_names: Sequence[str] | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, options: DReSOptions, block_names: Sequence[str] | None = None) -> None:
         self.options = options
         self.floor = affine_error(options.group_size, options.coded_size)
         remedy = "pass the blocks' module names as `DReSBranch(block_names=[...])`, or set dres_weight to 0"
@@ -90,10 +88,9 @@ class DReSBranch:
                 f"dres_blocks={options.blocks!r} chooses the blocks {chosen}, but dres_placement='sequence' needs a "
                 "range without gaps; choose neighbours, or use dres_placement='token'."
             )
-        attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
-        if attention == "flex_attention":
+        if model.config._attn_implementation == "flex_attention":
             raise ValueError(
-                f"dres_placement='sequence' cannot code the masks of attn_implementation={attention!r}; use 'sdpa', "
+                "dres_placement='sequence' cannot code the masks of attn_implementation='flex_attention'; use 'sdpa', "
                 "or dres_placement='token'."
             )
 
