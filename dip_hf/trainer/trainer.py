@@ -25,7 +25,13 @@ from dip_hf.trainer.checked import CheckedTrainer
 from dip_hf.trainer.checks.adapter import check_drawn_noise, check_no_adapter, check_trainable
 from dip_hf.trainer.checks.optimizer import check_own_optimizer, check_posterior
 from dip_hf.trainer.checks.second_pass import check_one_loss_pass, check_second_pass
-from dip_hf.trainer.checks.setup import check_batch, check_noise_setup, check_parallelism, check_recomputation
+from dip_hf.trainer.checks.setup import (
+    check_batch,
+    check_fsdp,
+    check_noise_setup,
+    check_parallelism,
+    check_recomputation,
+)
 from dip_hf.trainer.config import DIPSFTConfig, own_config
 from dip_hf.trainer.idle import IdleICP, warn_of_idle_fields, warn_of_idle_terms
 from dip_hf.trainer.objective import DIPNetObjective, DIPNetPass, fold_labels
@@ -93,6 +99,8 @@ class DIPSFTTrainer(CheckedTrainer):
         if isinstance(self.model, PeftModel) and isinstance(self.model.base_model, DIPNetModel):
             check_trainable(self.model)
             check_drawn_noise(self.model)
+            if self.is_fsdp_enabled:
+                check_fsdp(self.model, self.accelerator.state.fsdp_plugin)
             check_noise_setup(self, args)
             check_posterior(self.model, args)
             optimizers = kwargs.get("optimizers") or (None, None)
@@ -113,7 +121,7 @@ class DIPSFTTrainer(CheckedTrainer):
         if self.dres is not None or self.icp is not None:
             check_second_pass(self)
         if self.dipnet is not None or self.dres is not None or self.icp is not None:
-            check_parallelism(self)
+            check_parallelism(self.accelerator.parallelism_config)
             check_one_loss_pass(args, kwargs.get("compute_loss_func") is not None)
 
     def compute_loss(

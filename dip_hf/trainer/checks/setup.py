@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from accelerate import ParallelismConfig
+from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import is_flash_attention_requested
@@ -47,28 +49,25 @@ def check_recomputation(trainer: SFTTrainer) -> None:
         )
 
 
-def check_parallelism(trainer: SFTTrainer) -> None:
+def check_parallelism(parallelism: ParallelismConfig | None) -> None:
     """
     Raises:
         ValueError: several ranks share one batch, in which each would draw noise and groups of its own.
     """
-    parallelism = trainer.accelerator.parallelism_config
     if parallelism is not None and (parallelism.tp_enabled or parallelism.cp_enabled or parallelism.sp_enabled):
         raise ValueError(
-            f"parallelism_config={parallelism}: with tensor, context or sequence parallelism the ranks of one batch "
-            "would draw different noise and groups; use data parallelism (DDP, FSDP2, ZeRO)."
+            f"parallelism_config has tp_size={parallelism.tp_size}, cp_size={parallelism.cp_size} and "
+            f"sp_size={parallelism.sp_size}: with tensor, context or sequence parallelism the ranks of one batch would "
+            "draw different noise and groups; use data parallelism (DDP, FSDP2, ZeRO)."
         )
 
 
 def check_noise_setup(trainer: SFTTrainer, args: DIPSFTConfig) -> None:
     """
     Raises:
-        ValueError: the set-up recomputes blocks without their noise, cannot shard the adapter's parameters, or cannot
-            run folded trajectories.
+        ValueError: the set-up hides padding from the noise's scale, or cannot run folded trajectories.
     """
     has_noise = any(isinstance(module, NoiseSite) for module in trainer.model.modules())
-    if trainer.is_fsdp_enabled:
-        _check_fsdp(trainer, has_noise)
     multiple = args.pad_to_multiple_of
     if multiple is not None and trainer.padding_free and has_noise:
         raise ValueError(
@@ -81,8 +80,15 @@ def check_noise_setup(trainer: SFTTrainer, args: DIPSFTConfig) -> None:
         _check_stability(trainer, args.stability_weight)
 
 
-def _check_fsdp(trainer: SFTTrainer, has_noise: bool) -> None:
-    plugin = trainer.accelerator.state.fsdp_plugin
+def check_fsdp(model: nn.Module, plugin: FullyShardedDataParallelPlugin) -> None:
+    """
+    Args:
+        model: with its adapter.
+        plugin: accelerate's, by which it is to be sharded.
+
+    Raises:
+        ValueError: it recomputes blocks without their noise, or cannot shard the adapter's parameters.
+    """
     if plugin.activation_checkpointing:
         raise ValueError(
             "fsdp_activation_checkpointing=True recomputes a block's hooks without their noise; set it to False and "
@@ -92,13 +98,14 @@ def _check_fsdp(trainer: SFTTrainer, has_noise: bool) -> None:
         raise ValueError(
             "fsdp_version=1 flattens the parameters that DIPNet's objective reads; set fsdp_version to 2."
         )
-    in_4bit = any(type(parameter).__name__ == "Params4bit" for parameter in trainer.model.parameters())
+    has_noise = any(isinstance(module, NoiseSite) for module in model.modules())
+    in_4bit = any(type(parameter).__name__ == "Params4bit" for parameter in model.parameters())
     if plugin.cpu_ram_efficient_loading and has_noise and not in_4bit:
         raise ValueError(
             "fsdp_cpu_ram_efficient_loading=True takes all of a model's state for sharded parameters, which the "
             "measured RMS of DIPNet's blocks is not; set it to False."
         )
-    _check_quantised(trainer.model)
+    _check_quantised(model)
 
 
 def _check_trajectories(trainer: SFTTrainer, trajectories: int) -> None:

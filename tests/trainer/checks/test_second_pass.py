@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from accelerate.utils import DynamoBackend
+from accelerate import ParallelismConfig
 from peft import LoraConfig
 
 from dip_hf import DIPSFTConfig
@@ -126,29 +126,24 @@ def test_set_up(options: dict[str, Any], message: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-def test_sharded_parameters(stage: int) -> None:
-    """FSDP (stage 0 here) and ZeRO-3 are refused. The trainer is a stand-in: sharding needs accelerators."""
-    arguments = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage))
-    state = SimpleNamespace(dynamo_plugin=SimpleNamespace(backend=DynamoBackend.NO))
-    trainer = SimpleNamespace(
-        args=arguments,
-        accelerator=SimpleNamespace(state=state),
-        is_deepspeed_enabled=stage > 0,
-        is_fsdp_enabled=stage == 0,
-    )
+def test_sharded_parameters(stage: int, tmp_path: Path) -> None:
+    """FSDP (stage 0 here) and ZeRO-3 are refused. The trainer is only told that they are on."""
+    trainer = make_trainer(tmp_path, LoraConfig(**ADAPTER), DRES)
+    check_second_pass(trainer)
+    trainer.is_deepspeed_enabled, trainer.is_fsdp_enabled = stage > 0, stage == 0
+    trainer.args.deepspeed_plugin = SimpleNamespace(zero_stage=stage)  # DeepSpeed's own needs DeepSpeed
     with pytest.raises(ValueError, match=r"dres_weight and icp_weight do not work with FSDP or ZeRO-3.*or set both"):
-        check_second_pass(trainer)  # type: ignore[arg-type]
+        check_second_pass(trainer)
 
 
-@pytest.mark.parametrize("enabled", ["tp_enabled", "cp_enabled", "sp_enabled"])
-def test_ranks_of_one_batch(enabled: str) -> None:
-    """The trainer is a stand-in: there is one process here."""
-    kinds = {"tp_enabled": False, "cp_enabled": False, "sp_enabled": False}
-    accelerator = SimpleNamespace(parallelism_config=SimpleNamespace(**kinds))
-    check_parallelism(SimpleNamespace(accelerator=accelerator))  # type: ignore[arg-type]
-    accelerator.parallelism_config = SimpleNamespace(**{**kinds, enabled: True})
-    with pytest.raises(ValueError, match=r"parallelism_config=.*ranks of one batch would draw different.*use data"):
-        check_parallelism(SimpleNamespace(accelerator=accelerator))  # type: ignore[arg-type]
+@pytest.mark.parametrize("size", ["tp_size", "cp_size", "sp_size"])
+def test_ranks_of_one_batch(size: str) -> None:
+    check_parallelism(None)
+    check_parallelism(ParallelismConfig())
+    with pytest.raises(
+        ValueError, match=rf"parallelism_config has .*{size}=2.* ranks of one batch would draw .*use data"
+    ):
+        check_parallelism(ParallelismConfig(**{size: 2}))
 
 
 @pytest.mark.parametrize("options", [DRES, ICP], ids=["dres", "icp"])
@@ -160,7 +155,7 @@ def test_parallelism_is_asked_for_with_any_regulariser(
     make_trainer(tmp_path, LoraConfig(**ADAPTER), {})
     assert asked == []
     trainer = make_trainer(tmp_path, LoraConfig(**ADAPTER), options)
-    assert asked == [trainer]
+    assert asked == [trainer.accelerator.parallelism_config]
 
 
 @pytest.mark.parametrize(("dead", "gradient"), [(False, "scale_free"), (True, "scale_free"), (True, "all")])

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
 from peft import LoraConfig
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from dip_hf import DIPNetConfig
-from dip_hf.trainer.checks.setup import check_batch, check_noise_setup
+from dip_hf.trainer.checks.setup import check_batch, check_fsdp, check_noise_setup
 from tests.trainer.tiny import ADAPTER, base_model, make_trainer, tokenised
 
 
@@ -52,42 +53,35 @@ def test_router_loss_in_the_steps_of_icp(tmp_path: Path) -> None:
 
 
 def test_fsdp_activation_checkpointing(tmp_path: Path) -> None:
-    """accelerate's own activation checkpointing is refused. The plugin is a stand-in: FSDP needs an accelerator."""
-    trainer = make_trainer(tmp_path, DIPNetConfig(**ADAPTER))
-    plugin = SimpleNamespace(activation_checkpointing=True, fsdp_version=2, cpu_ram_efficient_loading=True)
-    stand_in = SimpleNamespace(
-        is_fsdp_enabled=True,
-        accelerator=SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)),
-        model=trainer.model,
-    )
+    """accelerate's own activation checkpointing is refused."""
+    model = make_trainer(tmp_path, DIPNetConfig(**ADAPTER)).model
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, activation_checkpointing=True)
+    plugin.cpu_ram_efficient_loading = True
     with pytest.raises(ValueError, match=r"fsdp_activation_checkpointing=True .*activation_checkpointing=True in the"):
-        check_noise_setup(stand_in, trainer.args)
+        check_fsdp(model, plugin)
     plugin.activation_checkpointing = False
     with pytest.raises(ValueError, match=r"fsdp_cpu_ram_efficient_loading=True .*set it to False"):
-        check_noise_setup(stand_in, trainer.args)
-    stand_in.model = base_model()  # no noise, no buffers
-    check_noise_setup(stand_in, trainer.args)
+        check_fsdp(model, plugin)
+    check_fsdp(base_model(), plugin)  # no noise, no buffers
+    plugin.fsdp_version = 1
+    with pytest.raises(ValueError, match=r"fsdp_version=1 flattens .*set fsdp_version to 2"):
+        check_fsdp(model, plugin)
 
 
 @pytest.mark.parametrize("kind", ["Params4bit", "Int8Params"])
 def test_fsdp_over_a_quantised_base(kind: str, tmp_path: Path) -> None:
-    """TRL trains LoRA in bf16 there. The class stands for bitsandbytes' of its name, the plugin for FSDP's."""
-    trainer = make_trainer(tmp_path, DIPNetConfig(**ADAPTER))
-    plugin = SimpleNamespace(activation_checkpointing=False, fsdp_version=2, cpu_ram_efficient_loading=False)
-    stand_in: Any = SimpleNamespace(
-        is_fsdp_enabled=True,
-        accelerator=SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)),
-        model=trainer.model,
-    )
-    check_noise_setup(stand_in, trainer.args)
+    """TRL trains LoRA in bf16 there. The class stands for bitsandbytes' of its name."""
+    model: Any = make_trainer(tmp_path, DIPNetConfig(**ADAPTER)).model
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    check_fsdp(model, plugin)
     quantised = type(kind, (nn.Parameter,), {})
-    stand_in.model.base_model.model.lm_head.weight = quantised(torch.zeros(48, 16), requires_grad=False)
+    model.base_model.model.lm_head.weight = quantised(torch.zeros(48, 16), requires_grad=False)
     message = r"FSDP with a quantised base: .*lora_dip_.* is trained in fp32 .*; use DDP, or leave load_in_4bit"
     with pytest.raises(ValueError, match=message):
-        check_noise_setup(stand_in, trainer.args)
-    for name, parameter in stand_in.model.named_parameters():  # frozen noise is not reduced
+        check_fsdp(model, plugin)
+    for name, parameter in model.named_parameters():  # frozen noise is not reduced
         parameter.requires_grad_("lora_A" in name)
-    check_noise_setup(stand_in, trainer.args)
+    check_fsdp(model, plugin)
 
 
 def test_blocks_that_read_one_row_s_boundaries(tmp_path: Path) -> None:
