@@ -57,7 +57,7 @@ def check_parallelism(parallelism: ParallelismConfig | None) -> None:
     if parallelism is not None and (parallelism.tp_enabled or parallelism.cp_enabled or parallelism.sp_enabled):
         raise ValueError(
             f"parallelism_config has tp_size={parallelism.tp_size}, cp_size={parallelism.cp_size} and "
-            f"sp_size={parallelism.sp_size}: with tensor, context or sequence parallelism the ranks of one batch would "
+            f"sp_size={parallelism.sp_size}: with tensor, context or sequence parallelism ranks of one batch would "
             "draw different noise and groups; use data parallelism (DDP, FSDP2, ZeRO)."
         )
 

@@ -141,7 +141,7 @@ def test_ranks_of_one_batch(size: str) -> None:
     check_parallelism(None)
     check_parallelism(ParallelismConfig())
     with pytest.raises(
-        ValueError, match=rf"parallelism_config has .*{size}=2.* ranks of one batch would draw .*use data"
+        ValueError, match=rf"parallelism_config has .*{size}=2.*ranks of one batch would draw .*use data"
     ):
         check_parallelism(ParallelismConfig(**{size: 2}))
 
