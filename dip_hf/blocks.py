@@ -13,12 +13,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from dip_hf.peft_compat import BaseTunerLayer
 
 
+def _text_config(model: nn.Module) -> Any:
+    """The decoder's config; None where it is no transformers model."""
+    return model.config.get_text_config(decoder=True) if isinstance(model, PreTrainedModel) else None
+
+
 def _depth(model: nn.Module) -> int | None:
-    """How many decoder blocks the model has by its config; None where it is no transformers model."""
-    if not hasattr(model, "config") or not hasattr(model.config, "get_text_config"):
+    """How many decoder blocks the model has by its config; None where it has none."""
+    config = _text_config(model)
+    if config is None:
         return None
-    config: Any = model.config
-    config = config.get_text_config(decoder=True)
     # T5 and its kin call the encoder's depth `num_hidden_layers`
     return config.num_decoder_layers if hasattr(config, "num_decoder_layers") else config.num_hidden_layers
 
@@ -99,9 +103,9 @@ def input_size(model: nn.Module, block: nn.Module, name: str) -> int:
     size = getattr(block, "in_features", None)
     if isinstance(size, int):
         return size
-    if hasattr(model, "config") and hasattr(model.config, "get_text_config"):
-        config: Any = model.config
-        return config.get_text_config(decoder=True).hidden_size
+    config = _text_config(model)
+    if config is not None:
+        return config.hidden_size
     raise ValueError(
         f"block_names: cannot tell the input size of {name!r} ({type(block).__name__}) in a model without a "
         "transformers config; name `nn.Linear` modules instead."

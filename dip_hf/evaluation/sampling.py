@@ -96,12 +96,12 @@ class NoiseSampler(Sampler):
     copies = 1
 
     def __init__(self, model: nn.Module, num_samples: int, seed: int) -> None:
-        tuner = getattr(model, "base_model", None)  # of a plain model too: its decoder
+        tuner = model.base_model if isinstance(model, PeftModel) else model
         if not isinstance(tuner, DIPNetModel):
             raise ValueError(
-                f"num_samples={num_samples} needs a model with a DIPNet adapter, and "
-                f"{type(tuner if tuner is not None else model).__name__} has neither noise nor a posterior: give "
-                "peft=ADAPTER with a DIPNet adapter, dropout=True for a LoRA adapter's dropout, or num_samples=0"
+                f"num_samples={num_samples} needs a model with a DIPNet adapter, and {type(tuner).__name__} has "
+                "neither noise nor a posterior: give peft=ADAPTER with a DIPNet adapter, dropout=True for a LoRA "
+                "adapter's dropout, or num_samples=0"
             )
         self._tuner = tuner
         self.num_samples = num_samples

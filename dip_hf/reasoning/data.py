@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 from datasets import Dataset
 
-from .families import PRETRAINING, Level, get_family
-from .prompts import write_prompt
+from dip_hf.reasoning.families import PRETRAINING, Level, get_family
+from dip_hf.reasoning.prompts import write_prompt
 
 
 Split = Literal["pretrain", "train", "validation", "test"]

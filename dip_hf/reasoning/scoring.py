@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from .data import load_reasoning_gym
-from .families import get_family
+from dip_hf.reasoning.data import load_reasoning_gym
+from dip_hf.reasoning.families import get_family
 
 
 @cache
