@@ -7,15 +7,16 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dip_hf.peft_compat import BaseTunerLayer
 
 
 def _text_config(model: nn.Module) -> Any:
-    """The decoder's config; None where it is no transformers model."""
-    return model.config.get_text_config(decoder=True) if isinstance(model, PreTrainedModel) else None
+    """The decoder's config; None where it is no transformers model, compiled or not."""
+    config = getattr(model, "config", None)
+    return config.get_text_config(decoder=True) if isinstance(config, PretrainedConfig) else None
 
 
 def _depth(model: nn.Module) -> int | None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 import dip_hf  # noqa: F401  # registers the DIPNet adapter with PEFT, for stock `--model hf` too
 from dip_hf.evaluation.sampling import Ensemble, Sampler, averaged_outputs, make_sampler
@@ -136,7 +136,9 @@ class DIPLM(HFLM):
         if peft is not None:
             self._model = load_adapter(self._model, peft, revision, tokens=len(self.tokenizer))
             # `hf` goes on to tie the head to the embeddings again, of which the adapter may have brought its own
-            self._model.get_base_model().config.get_text_config().tie_word_embeddings = False
+            for module in self._model.modules():  # a text model inside of another has a config of its own
+                if isinstance(module, PreTrainedModel):
+                    module.config.tie_word_embeddings = False
 
     def _next_key(self) -> NoiseKey:
         self._calls += 1

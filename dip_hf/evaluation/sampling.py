@@ -96,7 +96,7 @@ class NoiseSampler(Sampler):
     copies = 1
 
     def __init__(self, model: nn.Module, num_samples: int, seed: int) -> None:
-        tuner = model.base_model if isinstance(model, PeftModel) else model
+        tuner = getattr(model, "base_model", model)  # a PeftModel's, compiled or not; a plain model's decoder
         if not isinstance(tuner, DIPNetModel):
             raise ValueError(
                 f"num_samples={num_samples} needs a model with a DIPNet adapter, and {type(tuner).__name__} has "

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dip_hf import NoiseKey
+from dip_hf.evaluation.sampling import make_sampler
 from tests.dipnet.models import adapt, batch, build
 
 
@@ -49,6 +50,16 @@ def step(model: Any, owner: PeftModel, key: NoiseKey, trajectories: int = 1) -> 
         logits = model(**batch(), use_cache=False).logits
     logits.square().mean().backward()
     return logits.detach(), [p.grad.clone() for p in owner.parameters() if p.requires_grad]
+
+
+def test_a_base_that_is_compiled_already() -> None:
+    model = adapt(torch.compile(build(num_hidden_layers=2), backend=Counter()), target_modules=["q_proj"]).train()
+    assert model.base_model.noised_layers() == [0, 1]
+
+
+def test_samples_of_a_compiled_model(model: PeftModel) -> None:
+    sampler = make_sampler(torch.compile(model, backend=Counter()), num_samples=2, dropout=False)
+    assert sampler is not None and sampler.num_samples == 2
 
 
 @pytest.mark.parametrize("trajectories", [1, 2])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config
 
 from dip_hf import DIPNetConfig, NoiseKey
 from dip_hf.evaluation.lm import DIPLM
@@ -260,6 +260,28 @@ def test_embeddings_of_the_adapters_own_on_a_tied_base(
     with torch.no_grad():
         expected = trained(input_ids=tokens).logits
     torch.testing.assert_close(model._model_call(tokens), expected, rtol=0, atol=1e-5)
+
+
+def test_a_head_of_the_adapters_own_on_a_tied_text_model_inside_of_another(base_folder: str, tmp_path: Path) -> None:
+    """Such as Gemma 3's, where the config that ties is the outer one."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    text = {**sizes, "vocab_size": len(tokenizer), "num_key_value_heads": 1, "head_dim": 8}
+    vision = {**sizes, "image_size": 28, "patch_size": 14}
+    tokens = {"image_token_index": 2, "boi_token_index": 3, "eoi_token_index": 4}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, **tokens)
+    base = AutoModelForCausalLM.from_config(config)
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    adapter = peft.LoraConfig(r=2, target_modules=r".*language_model.*q_proj", modules_to_save=["lm_head"])
+    trained = peft.get_peft_model(base, adapter).eval()
+    with torch.no_grad():
+        trained.get_base_model().lm_head.modules_to_save["default"].weight += 1
+    trained.save_pretrained(tmp_path / "adapter")
+    model = load(DIPLM, str(tmp_path / "base"), str(tmp_path / "adapter"))
+    ids = torch.arange(5, 20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model._model_call(ids), trained(input_ids=ids).logits, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("number", ["x", 2.5, -1])

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, LargeList, Value
+from datasets.features import List
 from pyarrow.compute import list_value_length
 from pyarrow.types import is_large_list, is_list
 from torch import Tensor
@@ -54,11 +55,10 @@ def check_dataset(name: str, dataset: object, args: SFTConfig) -> None:
         ignored |= {"assistant_masks": 0, **({"completion_mask": 0} if completion_only else {})}
     ignored = {column: value for column, value in ignored.items() if column in dataset.column_names}
     for column, value in ignored.items():
-        first = dataset.with_format(None)[0][column]
-        if not isinstance(first, list):
+        if not _holds_numbers(dataset.features[column]):
             raise ValueError(
-                f"{name}: the column {column!r} must hold a list with an entry for each token, got {first!r} in row "
-                "0; rename or remove it."
+                f"{name}: the column {column!r} must hold a list with an entry for each token, got "
+                f"{dataset.with_format(None)[0][column]!r} in row 0; rename or remove it."
             )
         row = _untrained_row(name, dataset, {column: value})
         if row is not None:
@@ -167,6 +167,12 @@ def _arrays(dataset: Dataset, column: str) -> Iterator[Any]:
     """The values of a column as Arrow arrays, piece by piece."""
     for batch in dataset.select_columns(column).with_format("arrow").iter(10_000):
         yield batch[column].combine_chunks()
+
+
+def _holds_numbers(feature: object) -> bool:
+    """Whether a column holds a list of numbers or booleans in each row."""
+    kind = feature.feature if isinstance(feature, List | LargeList) else None
+    return isinstance(kind, Value) and not kind.dtype.endswith(("string", "binary"))
 
 
 def _lengths(lists: Any) -> np.ndarray:

@@ -133,6 +133,14 @@ def test_untrained_rows_are_those_of_a_plain_loop(rows: list[list[int]]) -> None
     assert _untrained(np.array([len(row) for row in rows]), labels != -100).tolist() == expected
 
 
+@pytest.mark.parametrize("labels", [0, [[3], [4]], ["a", "b"]])
+def test_labels_that_are_no_list_of_numbers(labels: object, tmp_path: Path) -> None:
+    rows = Dataset.from_list([{"input_ids": [3, 4], "labels": labels}])
+    message = r"train_dataset: the column 'labels' must hold a list .* got .* in row 0; rename or remove it"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, None, data=rows)
+
+
 def test_masks_of_another_length(tmp_path: Path) -> None:
     row = {"input_ids": [3, 4, 5], "assistant_masks": [0, 1, 1], "completion_mask": [0, 1, 1]}
     rows = Dataset.from_list([row, {**row, "completion_mask": [0, 1]}])
