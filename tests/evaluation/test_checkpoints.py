@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM
 
 from dip_hf.evaluation.checkpoints import Checkpoint, check_checkpoints
-from dip_hf.model_files import check_base, weight_digests
 
 
 def test_a_name_alone_is_the_base_and_a_folder_may_hold_an_equals_sign() -> None:
@@ -121,20 +118,6 @@ def test_good_checkpoints_pass(base_folder: str, lora_folder: str, dipnet_folder
     check_checkpoints([Checkpoint("base"), *(Checkpoint(*pair) for pair in folders.items())], base_folder)
 
 
-@pytest.mark.parametrize(
-    ("kind", "name"), [("lora_folder", "adapter_model.safetensors"), ("base_folder", "model.safetensors")]
-)
-def test_digests_are_those_of_the_weights(
-    kind: str, name: str, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    folder = Path(shutil.copytree(request.getfixturevalue(kind), tmp_path / "copy"))
-    content = (folder / name).read_bytes()
-    assert weight_digests(folder) == {name: hashlib.sha256(content).hexdigest()}
-    (folder / "training_args.bin").write_bytes(b"another file")
-    (folder / name).write_bytes(content[:-1])
-    assert weight_digests(folder) == {name: hashlib.sha256(content[:-1]).hexdigest()}
-
-
 def test_no_checkpoint_and_one_name_twice_are_refused(base_folder: str) -> None:
     with pytest.raises(ValueError, match="checkpoints is empty"):
         check_checkpoints([], base_folder)
@@ -151,11 +134,6 @@ def test_missing_folders_are_refused(base_folder: str, tmp_path: Path) -> None:
         check_checkpoints([Checkpoint("base")], "./nowhere")
 
 
-def test_an_adapter_is_no_base(lora_folder: str) -> None:
-    with pytest.raises(ValueError, match=r"model='.*' is an adapter: give the model that it was trained on"):
-        check_base("model", lora_folder)
-
-
 @pytest.mark.parametrize("kind", ["lora_folder", "base_folder"])
 def test_pickled_and_truncated_weights_are_refused(
     kind: str, base_folder: str, tmp_path: Path, request: pytest.FixtureRequest
@@ -170,45 +148,3 @@ def test_pickled_and_truncated_weights_are_refused(
     weights.rename(weights.with_suffix(".bin"))
     with pytest.raises(ValueError, match=r"pickled.*can execute code|only .*bin, and pickled"):
         check_checkpoints([Checkpoint("x", str(folder))], base_folder)
-
-
-def save_in_parts(base_folder: str, folder: Path) -> Path:
-    AutoModelForCausalLM.from_pretrained(base_folder).save_pretrained(folder, max_shard_size="20KB")
-    assert len(list(folder.glob("model-*.safetensors"))) > 1
-    return folder
-
-
-def test_a_model_in_parts(base_folder: str, tmp_path: Path) -> None:
-    folder = save_in_parts(base_folder, tmp_path)
-    parts = sorted(folder.glob("model-*.safetensors"))
-    (folder / "other.safetensors").write_bytes(b"not the model's")
-    check_checkpoints([Checkpoint("x", str(folder))], base_folder)
-    assert list(weight_digests(folder)) == [part.name for part in parts]
-    parts[0].unlink()
-    with pytest.raises(ValueError, match=rf"{parts[0].name} is missing, truncated or damaged"):
-        check_checkpoints([Checkpoint("x", str(folder))], base_folder)
-
-
-@pytest.mark.parametrize(
-    ("index", "message"),
-    [
-        ("{", "is damaged"),
-        ("[]", "is damaged"),
-        ('{"weight_map": {"a": "../b.safetensors"}}', "names files outside its folder"),
-        ('{"weight_map": {"a": 1}}', "names files outside its folder"),
-    ],
-)
-def test_a_damaged_index_of_parts(index: str, message: str, base_folder: str, tmp_path: Path) -> None:
-    folder = save_in_parts(base_folder, tmp_path)
-    (folder / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(ValueError, match=message):
-        check_checkpoints([Checkpoint("x", str(folder))], base_folder)
-
-
-def test_a_stray_safetensors_file_does_not_make_a_pickle_safe(base_folder: str, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(base_folder, tmp_path / "copy"))
-    (folder / "model.safetensors").rename(folder / "extra.safetensors")
-    (folder / "pytorch_model.bin").write_bytes(b"a pickle")
-    with pytest.raises(ValueError, match=r"only pytorch_model\.bin, and pickled weights can execute code"):
-        check_checkpoints([Checkpoint("x", str(folder))], base_folder)
-    assert weight_digests(folder) == {}
