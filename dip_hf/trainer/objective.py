@@ -120,6 +120,29 @@ class DIPNetPass:
         """Forward hook of the backbone."""
         self.hidden_states = output.last_hidden_state
 
+    def terms(
+        self, labels: Tensor, num_items: Tensor | int | None, num_processes: int, accumulation_steps: int
+    ) -> tuple[list[Term], dict[str, float]]:
+        """Eq. 4's terms beside the task loss, and what to log beside them.
+
+        Args:
+            labels: of the unfolded batch, shape (batch, length), -100 where ignored.
+            num_items: as for `token_mean`; None where TRL takes the mean over the micro-batch.
+            num_processes: over how many processes `num_items` is counted.
+            accumulation_steps: micro-batches over which it is counted.
+        """
+        terms: list[Term] = []
+        values: dict[str, float] = {}
+        if self.log_variances:  # there are none where the adapter has a posterior alone
+            penalty, values = self.penalty()
+            # Without learnable noise the penalty is a constant, which would only blur the logged loss.
+            terms = [penalty] if penalty.value.requires_grad else []
+        if self.args.stability_weight > 0:
+            if num_items is None:
+                num_processes, num_items = 1, (labels[:, 1:] != -100).sum()
+            terms.append(self.stability(labels, num_items, num_processes, accumulation_steps))
+        return terms, values
+
     def penalty(self) -> tuple[Term, dict[str, float]]:
         """Eq. 4's penalty as one term, and what to log beside it: its raw parts and each block's noise level.
 

@@ -34,7 +34,7 @@ from dip_hf.trainer.checks.setup import (
 )
 from dip_hf.trainer.config import DIPSFTConfig, own_config
 from dip_hf.trainer.idle import IdleICP, warn_of_idle_fields, warn_of_idle_terms
-from dip_hf.trainer.objective import DIPNetObjective, DIPNetPass, fold_labels
+from dip_hf.trainer.objective import DIPNetObjective, fold_labels
 from dip_hf.trainer.optimizer import compose_optimizer
 from dip_hf.trainer.terms import Term, check_finite, token_mean, total_loss
 
@@ -173,7 +173,7 @@ class DIPSFTTrainer(CheckedTrainer):
             terms = [Term("task", task * steps, weight)]
             values: dict[str, float] = {}
             if noise is not None:  # before ICP's second pass, which writes over what the first left
-                more, values = self._dipnet_terms(noise, inputs["labels"], num_items_in_batch, steps)
+                more, values = noise.terms(inputs["labels"], num_items_in_batch, self._counted_processes(), steps)
                 terms += more
             if coded is not None:
                 terms.append(Term("dres/error", coded.error, self.args.dres_weight))
@@ -218,23 +218,6 @@ class DIPSFTTrainer(CheckedTrainer):
                 count = self.accelerator.gather(count).sum()
             self._compared_tokens = count
         return samples, num_items
-
-    def _dipnet_terms(
-        self, noise: DIPNetPass, labels: Tensor, num_items: Tensor | int | None, steps: int
-    ) -> tuple[list[Term], dict[str, float]]:
-        """Eq. 4's terms beside the task loss, and what to log beside them."""
-        terms: list[Term] = []
-        values: dict[str, float] = {}
-        if noise.log_variances:  # there are none where the adapter has a posterior alone
-            penalty, values = noise.penalty()
-            # Without learnable noise the penalty is a constant, which would only blur the logged loss.
-            terms = [penalty] if penalty.value.requires_grad else []
-        if self.args.stability_weight > 0:
-            processes = self._counted_processes()
-            if num_items is None:
-                processes, num_items = 1, (labels[:, 1:] != -100).sum()
-            terms.append(noise.stability(labels, num_items, processes, steps))
-        return terms, values
 
     def _counted_processes(self) -> int:
         """Over how many processes the step's tokens are counted."""
