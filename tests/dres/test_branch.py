@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from torch._subclasses import FakeTensorMode
 from transformers import AutoModelForCausalLM, Gemma3nTextConfig
 
@@ -174,6 +174,31 @@ def test_activation_checkpointing_changes_no_gradient(placement: str) -> None:
         results.append(gradients(model, record.error + logits.square().mean()))
     assert results[0] and any(grad.abs().max() > 1e-3 for grad in results[0].values())
     assert_close(*results)
+
+
+def test_coded_tokens_keep_no_more_than_the_blocks_do() -> None:
+    """Where blocks are checkpointed, what the coded pass computes inside the MLP is computed again, not kept."""
+    model, batch = model_of().train(), batch_of(4)
+    branch, calls = branch_of(model, "token", blocks=[1]), []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        record, _ = run(model, branch, batch)
+        projection = model.model.layers[1].mlp.up_proj
+        handle = projection.register_forward_hook(lambda _, args, output, now=checkpointing: calls.append(now))
+        record.error.backward(inputs=[projection.weight])
+        handle.remove()
+    # The coded tokens' pass, and the block's own, of which the error needs the MLP's output
+    assert calls == [True, True]
+
+
+def test_prefix_tuning_is_refused_between_rows() -> None:
+    model = get_peft_model(model_of().float(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)).train()
+    batch = {**batch_of(4), "attention_mask": torch.ones(4, 7, dtype=torch.long)}
+    branch = branch_of(model.get_base_model(), "sequence")
+    with pytest.raises(ValueError, match=r"dres_placement='sequence' .*prefix tuning.*dres_placement='token'"):
+        with branch.attached(KEY, batch["attention_mask"]):
+            model(**batch)
 
 
 def test_reentrant_checkpoints_are_refused_at_tokens() -> None:

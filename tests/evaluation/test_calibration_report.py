@@ -101,6 +101,16 @@ def test_where_nothing_is_wrong_separation_is_unknown() -> None:
     assert "n/a" in to_text(report)
 
 
+def test_resamples_without_a_wrong_answer_are_left_out_of_the_interval() -> None:
+    """With one wrong answer of thirty a third of the resamples has none, and separates nothing."""
+    one_wrong = tuple(replace(task, scores=(0.0,) + (1.0,) * 29) for task in FIRST.tasks)
+    few = [replace(result, tasks=one_wrong[:1]) for result in (FIRST, SHARP)]
+    few[1] = replace(few[1], tasks=(replace(one_wrong[0], confidences=tuple(reversed(one_wrong[0].confidences))),))
+    (block,) = make_calibration(few, None, resamples=200)
+    change = block.rows[1].measures["auroc"].changes["first"]
+    assert math.isfinite(change.low) and math.isfinite(change.high) and change.low < change.high
+
+
 def test_a_partial_score_is_refused() -> None:
     halved = tuple(replace(task, scores=(0.5,) * 30) for task in FIRST.tasks)
     with pytest.raises(ValueError, match=r"correct must hold 0 and 1 only, got 0\.5"):

@@ -59,6 +59,26 @@ def test_steps_against_a_plain_loop(direction: str, sign: int, start_block: int,
         assert torch.allclose(states, expected[index], atol=1e-5)
 
 
+@pytest.mark.parametrize("start_block", [0, 2])
+def test_further_steps_see_the_dropout_of_the_clean_pass(start_block: int) -> None:
+    model, inputs = tiny_llama(attention_dropout=0.5), padded_batch()
+    losses: list[Tensor] = []
+
+    def clean_loss() -> Tensor:
+        losses.append(task_loss(model, inputs))
+        return losses[-1]
+
+    tiny = ICPOptions(steps=2, epsilon=1e-6, start_block=start_block)  # a step that changes no loss by itself
+    branch = ICPBranch(model, tiny)
+    for _ in range(2):  # another dropout in each
+        with branch.clean() as record:
+            clean = task_loss(model, inputs)
+        branch.loss(record, inputs, clean, clean_loss)
+        losses.append(clean)
+    assert torch.allclose(losses[0], losses[1], atol=1e-5) and torch.allclose(losses[2], losses[3], atol=1e-5)
+    assert abs(losses[1] - losses[3]) > 1e-3
+
+
 def test_descent_lowers_the_loss_on_a_trained_model() -> None:
     """At the default ε, one step, on batches that training has not seen."""
     model = tiny_llama(num_hidden_layers=2)
