@@ -196,9 +196,9 @@ def test_prefix_tuning_is_refused_between_rows() -> None:
     model = get_peft_model(model_of().float(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)).train()
     batch = {**batch_of(4), "attention_mask": torch.ones(4, 7, dtype=torch.long)}
     branch = branch_of(model.get_base_model(), "sequence")
-    with pytest.raises(ValueError, match=r"dres_placement='sequence' .*prefix tuning.*dres_placement='token'"):
-        with branch.attached(KEY, batch["attention_mask"]):
-            model(**batch)
+    refused = pytest.raises(ValueError, match=r"dres_placement='sequence' .*prefix tuning.*dres_placement='token'")
+    with refused, branch.attached(KEY, batch["attention_mask"]):
+        model(**batch)
 
 
 def test_reentrant_checkpoints_are_refused_at_tokens() -> None:
