@@ -173,8 +173,10 @@ def _noise_gradient(grad: Tensor, key: Tensor, layer: int, trajectories: int) ->
 
 
 # What `torch.compile` sees: opaque operators, whose wrappers would cost an eager pass more than the functions' Python.
-noised = torch.library.custom_op("dip_hf::noised", _noised, mutates_args=())
-noise_gradient = torch.library.custom_op("dip_hf::noise_gradient", _noise_gradient, mutates_args=())
+# Not in a CUDA graph, which would replay one sample: a generator is seeded anew in each pass.
+_OPAQUE: dict[str, Any] = {"mutates_args": (), "tags": (torch.Tag.cudagraph_unsafe,)}
+noised = torch.library.custom_op("dip_hf::noised", _noised, **_OPAQUE)
+noise_gradient = torch.library.custom_op("dip_hf::noise_gradient", _noise_gradient, **_OPAQUE)
 
 
 @noised.register_fake

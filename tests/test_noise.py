@@ -269,6 +269,12 @@ def test_operators_are_well_formed(shape: tuple[int, ...]) -> None:
     assert torch.equal(noised(v.detach(), std.detach(), KEY.tensor(), 0, 2), add_noise(v, std, KEY.tensor(), 0, 2))
 
 
+def test_no_cuda_graph_replays_a_sample() -> None:
+    """Inductor takes no operator into a graph that has this tag."""
+    for operator in (torch.ops.dip_hf.noised, torch.ops.dip_hf.noise_gradient):
+        assert torch.Tag.cudagraph_unsafe in operator.default.tags
+
+
 def test_a_compiled_pass_equals_an_eager_one() -> None:
     results = []
     for function in (add_noise, torch.compile(add_noise, backend="aot_eager", fullgraph=True)):

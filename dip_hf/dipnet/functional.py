@@ -40,7 +40,8 @@ def variance_penalty(
 
 def head_gram(head: Tensor) -> Tensor:
     """WᵀW of the LM head W, shape (vocabulary, d): shape (d, d), fp32. It costs what d tokens cost in the head."""
-    return head.float().T @ head.float()
+    wide = head.float()
+    return wide.T @ wide
 
 
 def output_variance(hidden_states: Tensor, gram: Tensor, mask: Tensor, trajectories: int) -> Tensor:

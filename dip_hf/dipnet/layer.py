@@ -46,8 +46,8 @@ class LogVariance(nn.Module):
         self.weight = nn.Parameter(self.initial())
         self.register_buffer("rms", torch.zeros(1))
         # Not read off `rms`, for which a pass on a GPU would have to wait
-        self.calibrated = False
-        self.register_load_state_dict_post_hook(_measure_again)
+        self.is_measured = False
+        self.register_load_state_dict_post_hook(_look_again)
 
     def initial(self) -> Tensor:
         """The initial weight, shape (d,), fp32."""
@@ -59,9 +59,9 @@ class LogVariance(nn.Module):
         return weight, self.rms.float() * (weight / 2).exp()
 
 
-def _measure_again(leaf: LogVariance, incompatible_keys: Any) -> None:
+def _look_again(leaf: LogVariance, incompatible_keys: Any) -> None:
     """Loaded weights may be those from before the first batch, with an RMS of 0."""
-    leaf.calibrated = False
+    leaf.is_measured = False
 
 
 class NoiseSite(nn.Module, BaseTunerLayer):
@@ -174,7 +174,7 @@ class NoiseSite(nn.Module, BaseTunerLayer):
         if sampling is None:
             self.state.enter_layer(self.layer, self.seeds[name])
         leaf = self.leaf(name)
-        if not leaf.calibrated:
+        if not leaf.is_measured:
             self._calibrate(leaf, hidden_states)
         log_variance, std = leaf()
         if sampling is not None:
@@ -201,7 +201,7 @@ class NoiseSite(nn.Module, BaseTunerLayer):
                     "batch, which is no scale for noise; leave this block out of noise_blocks."
                 )
             leaf.rms.copy_(mean_square.sqrt())
-        leaf.calibrated = True
+        leaf.is_measured = True
 
     def pre_hook(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Forward pre-hook of the block."""

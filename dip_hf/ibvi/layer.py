@@ -86,6 +86,10 @@ class Covariance(nn.Module):
         settings = (self.rank, self.scale, self.in_eval, self.seed, self.name, self.block, self.state)
         return Covariance((mean.shape[0], mean.shape[1]), *settings, mean.device)
 
+    def to(self, *args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Covariance:
+        """As a module's, but for a `dtype` by name: PEFT, loading without memory, casts an adapter to its base's."""
+        return super().to(*args, **kwargs)
+
     @property
     def sampled(self) -> bool:
         """Whether a forward pass now samples: in training, inside `sampling`, or where evaluation shall, too."""
@@ -126,7 +130,8 @@ class Covariance(nn.Module):
             z = compiled_coefficients(key, number, trajectories, self.rank).to(covariance)
             sample = deviation(covariance, z)
         else:
-            z = posterior_coefficients(key, number, trajectories, self.rank).to(covariance)
+            # Without waiting for the device: copied from pageable memory, which the call leaves behind
+            z = posterior_coefficients(key, number, trajectories, self.rank).to(covariance, non_blocking=True)
             sample = _Deviation.apply(covariance, z, derive_seed(key, number, trajectories) & (2**31 - 1))
         return project(x, (mean + sample).to(mean.dtype))
 

@@ -225,6 +225,11 @@ class DIPSFTConfig(SFTConfig):
                 "activation_offloading=True does not work with icp_weight, which reads the saved activations twice; "
                 "use activation_checkpointing=True instead, or set icp_weight to 0."
             )
+        if self.icp_weight > 0 and self.use_liger_kernel:
+            raise ValueError(
+                "use_liger_kernel=True does not work with icp_weight, which goes backward twice through one graph: "
+                "Liger's MLPs write their gradients over what they saved; set it to False, or icp_weight to 0."
+            )
         if (self.dres_weight > 0 or self.icp_weight > 0) and self.torch_compile:
             raise ValueError(
                 "torch_compile=True does not work with dres_weight or icp_weight, whose hooks come and go between "

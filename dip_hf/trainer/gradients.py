@@ -74,7 +74,7 @@ class FiniteGradients(TrainerCallback):
     ) -> None:
         assert model is not None  # given by Trainer
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        if args.fp16 or not gradients:
+        if args.mixed_precision == "fp16" or not gradients:  # of the arguments, or of the launcher
             return
         norm = total_norm(gradients)
         if not torch.isfinite(norm):

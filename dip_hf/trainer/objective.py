@@ -52,13 +52,13 @@ class DIPNetObjective:
     def scale_unchanged(self) -> Iterator[None]:
         """Noise whose scale is first measured inside has none again afterwards."""
         leaves = [module for module in self.model.modules() if isinstance(module, LogVariance)]
-        unmeasured = [leaf for leaf in leaves if not leaf.calibrated and not leaf.rms.item() > 0]
+        unmeasured = [leaf for leaf in leaves if not leaf.is_measured and not leaf.rms.item() > 0]
         try:
             yield
         finally:
             for leaf in unmeasured:
                 leaf.rms.zero_()
-                leaf.calibrated = False
+                leaf.is_measured = False
 
     def restore_precision(self, given: dict[str, Tensor]) -> None:
         """Make our parameters fp32 again: `SFTTrainer` casts the adapter of a quantised model to bf16.

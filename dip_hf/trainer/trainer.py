@@ -28,9 +28,10 @@ from dip_hf.trainer.checks.second_pass import check_one_loss_pass, check_second_
 from dip_hf.trainer.checks.setup import (
     check_batch,
     check_fsdp,
+    check_monteclora,
     check_noise_setup,
     check_parallelism,
-    check_recomputation,
+    warn_of_rounding,
 )
 from dip_hf.trainer.config import DIPSFTConfig, own_config
 from dip_hf.trainer.idle import IdleICP, warn_of_idle_fields, warn_of_idle_terms
@@ -89,7 +90,7 @@ class DIPSFTTrainer(CheckedTrainer):
         known = own_parameters(model) if isinstance(model, PeftModel) else {}
         given = {name: parameter.detach().clone() for name, parameter in known.items()}
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
-        check_recomputation(self)
+        check_monteclora(self)
         # Global step and index of its last micro-batch; evaluation counts apart, so that training does not notice it
         self._micro_steps = {True: (-1, -1), False: (-1, -1)}
         self.dipnet: DIPNetObjective | None = None
@@ -102,6 +103,7 @@ class DIPSFTTrainer(CheckedTrainer):
             if self.is_fsdp_enabled:
                 check_fsdp(self.model, self.accelerator.state.fsdp_plugin)
             check_noise_setup(self, args)
+            warn_of_rounding(self)
             check_posterior(self.model, args)
             optimizers = kwargs.get("optimizers") or (None, None)
             check_own_optimizer(self.model, args, optimizers[0], kwargs.get("optimizer_cls_and_kwargs"))

@@ -53,7 +53,9 @@ def test_a_config_comes_back_from_its_record(tmp_path: Path) -> None:
     for name, value in options.items():
         assert found[name] == value and getattr(again, name) == value
     assert training_config(again, DIPSFTConfig.__annotations__) == found
-    assert json.loads((tmp_path / "environment.json").read_text())["packages"]["trl"]
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert environment["packages"]["trl"]
+    assert environment["device"] == "cpu"  # which was used, whatever there is
 
 
 def test_a_pickled_config_has_no_token(tmp_path: Path) -> None:

@@ -246,6 +246,17 @@ def test_a_half_precision_base_keeps_the_covariance_in_fp32(base: str) -> None:
     assert noisy(model).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_the_covariance_is_loaded_in_fp32_onto_half_precision(
+    model: PeftModel, base: str, tmp_path: Path, low_cpu_mem_usage: bool
+) -> None:
+    model.save_pretrained(tmp_path / "adapter")
+    half = load_base(base).to(torch.bfloat16)
+    loaded = PeftModel.from_pretrained(half, tmp_path / "adapter", low_cpu_mem_usage=low_cpu_mem_usage)
+    for mine, theirs in zip(covariances_of(model), covariances_of(loaded), strict=True):
+        assert torch.equal(mine.weight, theirs.weight)
+
+
 def test_under_autocast(model: PeftModel) -> None:
     exact = noisy(model)
     with torch.autocast("cpu", torch.bfloat16), model.base_model.sampling(KEY, 2):

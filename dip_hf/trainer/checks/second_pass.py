@@ -5,6 +5,7 @@ from __future__ import annotations
 from accelerate.utils import DynamoBackend
 from datasets import Dataset
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import SFTTrainer
 
@@ -16,8 +17,8 @@ def check_second_pass(trainer: SFTTrainer) -> None:
     """
     Raises:
         ValueError: sharded parameters, which are whole only during the wrapper's own pass; compiled code, which sees
-            no hooks that come and go; an adapter that a second pass finds changed; reentrant checkpoints; padding
-            without a mask; or no prompts to perturb.
+            no hooks that come and go; an adapter that a second pass finds changed; reentrant checkpoints; kernels
+            that bear one backward pass; padding without a mask; or no prompts to perturb.
     """
     backend = trainer.accelerator.state.dynamo_plugin.backend
     if backend != DynamoBackend.NO:
@@ -26,7 +27,7 @@ def check_second_pass(trainer: SFTTrainer) -> None:
             "come and go between steps, which compiled code does not see; set it to 'no', or these weights to 0."
         )
     zero_stage = trainer.args.deepspeed_plugin.zero_stage if trainer.is_deepspeed_enabled else 0
-    if trainer.is_fsdp_enabled or zero_stage == 3:
+    if trainer.is_fsdp_enabled or trainer.is_distributed_loading_by_transformers or zero_stage == 3:
         raise ValueError(
             "dres_weight and icp_weight do not work with FSDP or ZeRO-3, whose parameters are not whole in a second "
             "pass; use DDP or ZeRO-2, or set both weights to 0."
@@ -36,6 +37,13 @@ def check_second_pass(trainer: SFTTrainer) -> None:
             "the model's gradient_checkpointing_enable made reentrant checkpoints, which do not work with dres_weight "
             "or icp_weight, whose second pass goes through the same blocks; call it with {'use_reentrant': False}, or "
             "set activation_checkpointing=True."
+        )
+    with_kernels = any(isinstance(part, PreTrainedModel) and part.use_kernels for part in trainer.model.modules())
+    if with_kernels and trainer.args.icp_weight > 0:
+        raise ValueError(
+            "use_kernels=True does not work with icp_weight, which goes backward twice through one graph: the Hub's "
+            "kernels may write their gradients over what they saved; load the model without them, or set icp_weight "
+            "to 0."
         )
     for config in active_lora(trainer.model):
         if config.monteclora_config is not None:

@@ -10,7 +10,7 @@ import pytest
 from peft import LoraConfig, MontecloraConfig, get_peft_model
 
 from dip_hf import DIPNetConfig
-from dip_hf.trainer.checks.setup import check_recomputation
+from dip_hf.trainer.checks.setup import check_monteclora
 from tests.trainer.methods import DRES, ICP
 from tests.trainer.tiny import base_model, make_trainer
 
@@ -44,9 +44,9 @@ def test_recomputation_that_is_not_the_arguments_own(tmp_path: Path) -> None:
         model=get_peft_model(base_model(), LoraConfig(**MONTECLORA)),
     )
     with pytest.raises(ValueError, match="with monteclora_config"):
-        check_recomputation(trainer)
+        check_monteclora(trainer)
     plugin.activation_checkpointing = False
-    check_recomputation(trainer)
+    check_monteclora(trainer)
 
 
 def test_samples_of_an_adapter_that_is_off(tmp_path: Path) -> None:

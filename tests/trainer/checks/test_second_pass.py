@@ -59,6 +59,7 @@ REENTRANT = checkpoints(use_reentrant=True)
         ({**ICP, **checkpoints(preserve_rng_state=True)}, "preserve_rng_state': True} makes checkpoints reentrant"),
         ({**ICP, **checkpoints(selective=True)}, "{'selective': True} does not work with icp_weight.*; remove"),
         ({**ICP, "activation_offloading": True}, "activation_offloading=True does not work with icp_weight"),
+        ({**ICP, "use_liger_kernel": True}, "use_liger_kernel=True does not work with icp_weight.*; set it to False"),
         ({**DRES, "torch_compile": True}, "torch_compile=True does not work with dres_weight or icp_weight.*; set"),
         ({**ICP, "torch_compile": True}, "torch_compile=True does not work with dres_weight or icp_weight.*; set"),
         ({**ICP, "icp_steps": 2, "loss_type": "dft"}, "icp_steps=2 descends on loss_type='nll', but .*'dft'; set"),
@@ -125,15 +126,27 @@ def test_set_up(options: dict[str, Any], message: str, tmp_path: Path) -> None:
         make_trainer(tmp_path, LoraConfig(**ADAPTER), options)
 
 
-@pytest.mark.parametrize("stage", [0, 3])
-def test_sharded_parameters(stage: int, tmp_path: Path) -> None:
-    """FSDP (stage 0 here) and ZeRO-3 are refused. The trainer is only told that they are on."""
+@pytest.mark.parametrize(
+    "by", ["is_fsdp_enabled", "is_deepspeed_enabled", "is_distributed_loading_by_transformers"], ids=lambda by: by[3:]
+)
+def test_sharded_parameters(by: str, tmp_path: Path) -> None:
+    """FSDP, ZeRO-3 and transformers' own sharding are refused. The trainer is only told that they are on."""
     trainer = make_trainer(tmp_path, LoraConfig(**ADAPTER), DRES)
     check_second_pass(trainer)
-    trainer.is_deepspeed_enabled, trainer.is_fsdp_enabled = stage > 0, stage == 0
-    trainer.args.deepspeed_plugin = SimpleNamespace(zero_stage=stage)  # DeepSpeed's own needs DeepSpeed
+    setattr(trainer, by, True)
+    trainer.args.deepspeed_plugin = SimpleNamespace(zero_stage=3)  # DeepSpeed's own needs DeepSpeed
     with pytest.raises(ValueError, match=r"dres_weight and icp_weight do not work with FSDP or ZeRO-3.*or set both"):
         check_second_pass(trainer)
+
+
+def test_kernels_that_write_over_what_they_saved(tmp_path: Path) -> None:
+    model = base_model()
+    model._use_kernels = True  # as loading with use_kernels=True leaves it, which needs a GPU
+    with pytest.raises(ValueError, match=r"use_kernels=True does not work with icp_weight.*or set icp_weight to 0"):
+        make_trainer(tmp_path, LoraConfig(**ADAPTER), ICP, model)
+    model = base_model()
+    model._use_kernels = True
+    make_trainer(tmp_path, LoraConfig(**ADAPTER), DRES, model)
 
 
 @pytest.mark.parametrize("size", ["tp_size", "cp_size", "sp_size"])

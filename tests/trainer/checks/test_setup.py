@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from dip_hf import DIPNetConfig
-from dip_hf.trainer.checks.setup import check_batch, check_fsdp, check_noise_setup
+from dip_hf.trainer.checks.setup import check_batch, check_fsdp, check_noise_setup, warn_of_rounding
 from tests.trainer.tiny import ADAPTER, base_model, make_trainer, tokenised
 
 
@@ -50,6 +51,24 @@ def test_router_loss_in_the_steps_of_icp(tmp_path: Path) -> None:
         make_trainer(tmp_path, adapter, steps, router_model())
     make_trainer(tmp_path, adapter, {**steps, "router_aux_loss_coef": 0.0}, router_model())
     make_trainer(tmp_path, adapter, {**steps, "icp_steps": 1}, router_model())
+
+
+@pytest.mark.parametrize("by", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_sharding_in_half_precision_is_warned_of(by: str) -> None:
+    """A stand-in, since either needs a launcher."""
+    trainer: Any = SimpleNamespace(
+        accelerator=SimpleNamespace(mixed_precision="bf16"), is_fsdp_enabled=False, is_deepspeed_enabled=False
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_rounding(trainer)
+    setattr(trainer, by, True)
+    with pytest.warns(UserWarning, match=r"mixed_precision='bf16' with FSDP or DeepSpeed .*; use DDP"):
+        warn_of_rounding(trainer)
+    trainer.accelerator.mixed_precision = "no"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_rounding(trainer)
 
 
 def test_fsdp_activation_checkpointing(tmp_path: Path) -> None:
