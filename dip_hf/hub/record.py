@@ -108,7 +108,5 @@ def write_record(
     """
     text = yaml.safe_dump(training_config(args, always), sort_keys=True, allow_unicode=True)
     (Path(folder) / TRAINING_NAME).write_text(text, encoding="utf-8")
-    environment = (
-        json.dumps({**describe_environment(str(args.device)), "base_is_local": base_is_local}, indent=2) + "\n"
-    )
-    (Path(folder) / ENVIRONMENT_NAME).write_text(environment, encoding="utf-8")
+    environment = {**describe_environment(str(args.device)), "base_is_local": base_is_local}
+    (Path(folder) / ENVIRONMENT_NAME).write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
