@@ -7,7 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from dip_hf.environment import resolve_device
 from dip_hf.reasoning import FINETUNING
@@ -15,6 +15,7 @@ from dip_hf.recipe.arguments import AdapterArguments, DataArguments, SFTParser
 from dip_hf.recipe.dry_run import adapt, build_on_meta
 from studies.load import close_to
 from studies.spec import Arm, Study
+from studies.store import base_digest
 from studies.trainers import StudyConfig, check_rdrop
 
 
@@ -54,24 +55,50 @@ def parse_training(config: dict[str, Any], output_dir: str) -> tuple[DataArgumen
 
 
 def check_fields(study: Study) -> None:
-    """Check the base, the families and the device, and build the arguments of every arm's every trial, and its adapter
-    on a base without weights, so that a mistake costs no wait.
+    """Check all that a study names before anything of it runs, so that a mistake costs no wait.
 
     Raises:
-        ValueError: a base or a device that is not there, an unknown family, or a mistake in an arm's fields, among
-            them fields without effect and trials alike; names the arm and the trial.
+        ValueError: a base that is not there or not the study's, or as `check_arms`.
     """
+    check_arms(study, _check_base(study))
+
+
+def _check_base(study: Study) -> PretrainedConfig:
     base = Path(study.model)
-    if not base.is_dir() and base.parent != Path() and base.parent.is_dir():  # else it may be a name on the Hub
+    if study.weights is not None:
+        remedy = "make the base as the study's file says"
+        if not base.is_dir():
+            raise ValueError(f"model={study.model!r} is no folder: {remedy}")
+        found = base_digest(study.model)
+        if found != study.weights:
+            raise ValueError(
+                f"weights={study.weights!r}: those of model={study.model!r} have the SHA-256 {found!r}; {remedy}, "
+                "or begin another study"
+            )
+    elif not base.is_dir() and base.parent != Path() and base.parent.is_dir():  # else it may be a name on the Hub
         raise ValueError(
             f"model={study.model!r} is no folder{close_to(base.name, [path.name for path in base.parent.iterdir()])}"
         )
-    if Path(study.output_dir).is_file():
-        raise ValueError(f"output_dir={study.output_dir!r} is a file; name a folder")
     try:
-        base_config = AutoConfig.from_pretrained(study.model)
+        config: PretrainedConfig = AutoConfig.from_pretrained(study.model)
     except OSError as error:
         raise ValueError(f"model={study.model!r}: {str(error).splitlines()[0]}") from error
+    return config
+
+
+def check_arms(study: Study, base_config: PretrainedConfig) -> None:
+    """Build the arguments of every arm's every trial, and its adapter on a base without weights.
+
+    Args:
+        study: whose families, device and arms are checked.
+        base_config: of the base.
+
+    Raises:
+        ValueError: a device that is not there, an unknown family, or a mistake in an arm's fields, among them fields
+            without effect and trials alike; names the arm and the trial.
+    """
+    if Path(study.output_dir).is_file():
+        raise ValueError(f"output_dir={study.output_dir!r} is a file; name a folder")
     resolve_device(study.evaluation.device)
     known = [family.name for family in FINETUNING]
     for family in study.families:

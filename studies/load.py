@@ -48,7 +48,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _study(name: str, content: dict[str, Any]) -> Study:
     keys = [field.name for field in fields(Study) if field.name != "name"]
-    _check_keys("", content, keys, required=keys)
+    _check_keys("", content, keys, required=[key for key in keys if key != "weights"])
     arms = content["arms"]
     if not isinstance(arms, dict) or len(arms) < 2:
         raise ValueError("arms must map at least two names to their overrides")
@@ -71,6 +71,7 @@ def _study(name: str, content: dict[str, Any]) -> Study:
         common=dict(content["common"]),
         arms=tuple(_arm(arm, dict(given or {})) for arm, given in arms.items()),
         output_dir=content["output_dir"],
+        weights=content.get("weights"),
     )
     _check(study)
     return study

@@ -111,6 +111,8 @@ class Study:
         common: fields of the recipe that all arms share.
         arms: at least two.
         output_dir: where everything is written.
+        weights: SHA-256 of the base's weights, of a base that does not come with the repository: a run is refused on
+            others, and a report needs none. None: of `model` as it is.
     """
 
     name: str
@@ -124,6 +126,7 @@ class Study:
     common: dict[str, Any]
     arms: tuple[Arm, ...]
     output_dir: str
+    weights: str | None = None
 
     def arm(self, name: str) -> Arm:
         """The arm called `name`."""

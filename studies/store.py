@@ -40,7 +40,7 @@ def digest(content: Any) -> str:
 def training_key(study: Study, arm: Arm, size: int, seed: int, trial: int, member: int = 0) -> str:
     """Key of a training run: the recipe's fields, the families as they are defined, and the base's weights."""
     config = study.training(arm, size, seed, trial, member)
-    return digest([config, [FAMILIES[name].settings() for name in study.families], base_digest(study.model)])
+    return digest([config, [FAMILIES[name].settings() for name in study.families], base_of(study)])
 
 
 def training_keys(study: Study, arm: Arm, size: int, seed: int, trial: int) -> tuple[str, ...]:
@@ -62,13 +62,18 @@ def cell_key(study: Study, arm: Arm, trained: tuple[str, ...]) -> str:
         name: value for name, value in vars(study.evaluation).items() if name not in ("batch_size", "device")
     }
     suite = {name: [family.settings("standard"), family.settings("harder")] for name, family in FAMILIES.items()}
-    base = base_digest(study.model)
+    base = base_of(study)
     return digest([trained, prediction, evaluation, list(study.families), suite, study.model, base])
+
+
+def base_of(study: Study) -> str:
+    """What keys know of the base's weights."""
+    return base_digest(study.model) if study.weights is None else study.weights
 
 
 @cache
 def base_digest(model: str) -> str:
-    """SHA-256 over the weights of a model's folder; empty for a name on the Hub."""
+    """SHA-256 over the weights of a model's folder, of one file its own; empty for a name on the Hub."""
     whole = hashlib.sha256()
     paths = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
     for path in paths:

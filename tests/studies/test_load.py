@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
-from studies.arguments import check_fields, parse_training
+from studies.arguments import check_arms, check_fields, parse_training
 from studies.load import load_study
+from studies.store import base_digest, cell_key, training_key
 from tests.studies.support import BASE, declaration, small_study, write_study
 
 
@@ -156,6 +158,24 @@ def test_an_arms_fields_are_the_recipes(tmp_path: Path, changes: dict[str, Any],
         check_fields(small_study(tmp_path, **{"model": BASE, **changes}))
 
 
+def test_a_run_is_refused_on_other_weights_than_the_studys(tmp_path: Path) -> None:
+    own = base_digest(BASE)
+    check_fields(small_study(tmp_path, model=BASE, weights=own))
+    with pytest.raises(ValueError, match=rf"weights='{'0' * 64}': those of model='.*' have the SHA-256 '{own}'; make"):
+        check_fields(small_study(tmp_path, model=BASE, weights="0" * 64))
+    with pytest.raises(ValueError, match=r"model='runs/none' is no folder: make the base as the study's file says"):
+        check_fields(small_study(tmp_path, model="runs/none", weights=own))
+
+
+def test_with_weights_named_keys_need_no_base(tmp_path: Path) -> None:
+    here, named = (small_study(tmp_path, model=BASE, weights=weights) for weights in (None, base_digest(BASE)))
+    other = small_study(tmp_path, model=BASE, weights="0" * 64)
+    keys = [
+        cell_key(one, one.arm("lora"), (training_key(one, one.arm("lora"), 8, 0, 0),)) for one in (here, named, other)
+    ]
+    assert keys[0] == keys[1] != keys[2]
+
+
 def test_results_need_a_folder(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
     with pytest.raises(ValueError, match=r"output_dir='.*out' is a file; name a folder"):
@@ -187,7 +207,10 @@ def test_the_studys_baselines_reach_the_training_arguments(tmp_path: Path) -> No
 @pytest.mark.parametrize("path", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_studies_of_this_repository_are_sound(path: Path) -> None:
     study = load_study(path)
-    check_fields(study)
+    if study.weights is None:
+        check_fields(study)
+    else:  # of a base that is not here, but for its shape
+        check_arms(study, AutoConfig.from_pretrained(ROOT / "tests" / "fixtures" / Path(study.model).parent.name))
     assert len(study.seeds) >= 5 or study.evaluation.split == "validation"
 
 
@@ -229,4 +252,4 @@ def test_a_file_takes_what_it_leaves_out_from_the_one_it_extends(tmp_path: Path)
 
 
 def test_the_declaration_of_the_tests_is_sound(tmp_path: Path) -> None:
-    assert set(declaration(tmp_path)) == set(vars(load_study(write_study(tmp_path)))) - {"name"}
+    assert set(declaration(tmp_path)) == set(vars(load_study(write_study(tmp_path)))) - {"name", "weights"}
