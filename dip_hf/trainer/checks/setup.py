@@ -82,13 +82,14 @@ def check_noise_setup(trainer: SFTTrainer, args: DIPSFTConfig) -> None:
 
 
 def warn_of_rounding(trainer: SFTTrainer) -> None:
-    """Warn where sharding hands the adapter's own parameters to a pass in half precision; they are stored in fp32.
+    """Warn where sharding hands what the adapter learns besides LoRA, kept in fp32, to a pass in half precision.
 
     Args:
         trainer: of a model with a DIPNet adapter, before its model is prepared.
     """
     precision = trainer.accelerator.mixed_precision
-    if precision != "no" and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+    learns = any(parameter.requires_grad for parameter in own_parameters(trainer.model).values())
+    if learns and precision != "no" and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         warnings.warn(
             f"mixed_precision={precision!r} with FSDP or DeepSpeed rounds what DIPNet and IBVI learn in every pass: "
             "in bf16 noise changes in steps of 1.6 %, and a covariance hardly at all; use DDP where these are to "

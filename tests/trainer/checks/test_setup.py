@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -57,7 +57,10 @@ def test_router_loss_in_the_steps_of_icp(tmp_path: Path) -> None:
 def test_sharding_in_half_precision_is_warned_of(by: str) -> None:
     """A stand-in, since either needs a launcher."""
     trainer: Any = SimpleNamespace(
-        accelerator=SimpleNamespace(mixed_precision="bf16"), is_fsdp_enabled=False, is_deepspeed_enabled=False
+        accelerator=SimpleNamespace(mixed_precision="bf16"),
+        is_fsdp_enabled=False,
+        is_deepspeed_enabled=False,
+        model=get_peft_model(base_model(), DIPNetConfig(r=2, target_modules=["q_proj"])),
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -65,9 +68,14 @@ def test_sharding_in_half_precision_is_warned_of(by: str) -> None:
     setattr(trainer, by, True)
     with pytest.warns(UserWarning, match=r"mixed_precision='bf16' with FSDP or DeepSpeed .*; use DDP"):
         warn_of_rounding(trainer)
-    trainer.accelerator.mixed_precision = "no"
+    learning = trainer.model
+    frozen = get_peft_model(base_model(), DIPNetConfig(r=2, target_modules=["q_proj"], learn_noise=False))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        trainer.model = frozen
+        warn_of_rounding(trainer)
+        trainer.model = learning
+        trainer.accelerator.mixed_precision = "no"
         warn_of_rounding(trainer)
 
 
