@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from torch import Tensor
 
 from dip_hf import NoiseKey
 from tests.dipnet.models import batch, build
-from tests.dipnet.test_compiled import Counter
+from tests.dipnet.test_compiled import Counter, step
 from tests.ibvi.models import variational
 
 
@@ -27,14 +25,6 @@ def _fresh_compiler() -> Iterator[None]:
 @pytest.fixture
 def model() -> PeftModel:
     return variational(build(num_hidden_layers=2), target_modules=["q_proj", "up_proj"]).train()
-
-
-def step(model: Any, owner: PeftModel, key: NoiseKey, trajectories: int = 1) -> tuple[Tensor, list[Tensor]]:
-    owner.zero_grad()
-    with owner.base_model.sampling(key, trajectories):
-        logits = model(**batch(), use_cache=False).logits
-    logits.square().mean().backward()
-    return logits.detach(), [p.grad.clone() for p in owner.parameters() if p.requires_grad]
 
 
 @pytest.mark.parametrize("trajectories", [1, 2])
