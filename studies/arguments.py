@@ -66,14 +66,13 @@ def check_fields(study: Study) -> None:
 def _check_base(study: Study) -> PretrainedConfig:
     base = Path(study.model)
     if study.weights is not None:
-        remedy = "make the base as the study's file says"
-        if not base.is_dir():
-            raise ValueError(f"model={study.model!r} is no folder: {remedy}")
+        remedy = "make the base as the study's file says, or change or remove `weights` for another"
         found = base_digest(study.model)
+        if not found:
+            raise ValueError(f"model={study.model!r} is no folder with safetensors: {remedy}")
         if found != study.weights:
             raise ValueError(
-                f"weights={study.weights!r}: those of model={study.model!r} have the SHA-256 {found!r}; {remedy}, "
-                "or begin another study"
+                f"weights={study.weights!r}: those of model={study.model!r} have the SHA-256 {found!r}; {remedy}"
             )
     elif not base.is_dir() and base.parent != Path() and base.parent.is_dir():  # else it may be a name on the Hub
         raise ValueError(
@@ -94,8 +93,8 @@ def check_arms(study: Study, base_config: PretrainedConfig) -> None:
         base_config: of the base.
 
     Raises:
-        ValueError: a device that is not there, an unknown family, or a mistake in an arm's fields, among them fields
-            without effect and trials alike; names the arm and the trial.
+        ValueError: a file in the place of `output_dir`, a device that is not there, an unknown family, or a mistake in
+            an arm's fields, among them fields without effect and trials alike; names the arm and the trial.
     """
     if Path(study.output_dir).is_file():
         raise ValueError(f"output_dir={study.output_dir!r} is a file; name a folder")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -136,6 +137,12 @@ def _check(study: Study) -> None:
         if not arm.epochs_factor > 0:
             raise ValueError(f"arms.{arm.name}.epochs_factor={arm.epochs_factor} must be positive")
         _check_prediction(arm)
+    given = study.weights  # of any type
+    if given is not None and not (isinstance(given, str) and re.fullmatch(r"[0-9a-f]{64}", given)):
+        raise ValueError(
+            f"weights={study.weights!r} must be the SHA-256 of the base's weights, 64 hex digits in lower case as "
+            "sha256sum prints it; leave it out for a base that comes with the repository"
+        )
     if "+" in study.output_dir:  # which joins the folders of an ensemble
         raise ValueError(f"output_dir={study.output_dir!r} must not contain '+'; choose another folder")
     for where, overrides in _all_overrides(study):

@@ -5,7 +5,8 @@
 
 Prints the differences in accuracy to the reference of all arms that the studies share: the mean over all seeds, each
 of which weighs alike whatever its study's number of items, and the 95% t interval over seeds. Items are not resampled,
-since each study has its own. Nothing is corrected for the number of arms.
+since studies may share some, so that the interval is of these items. Nothing is corrected for the number of arms, nor
+for a study that was added when the results of another were known.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ import numpy as np
 from scipy import stats
 
 from dip_hf.evaluation.tables import markdown
-from studies.load import close_to, load_study
+from studies.load import load_study
 from studies.results import Array, Results, read_results, result_files
 from studies.spec import Arm, Study
-from studies.store import ARCHIVE
+from studies.store import ARCHIVE, base_of
 
 
 TASK_SETS = {"standard": "accuracy %", "harder": "harder settings"}
@@ -38,8 +39,8 @@ def pooled_table(finished: Sequence[Results], reference: str) -> str:
         reference: an arm of each.
 
     Raises:
-        ValueError: a seed that two studies have, sizes that are not one and the same, or a reference that not all have
-            with the same settings.
+        ValueError: a seed that two studies have, sizes that are not one and the same, a reference that not all have
+            with the same settings, or nothing finished.
     """
     studies = [results.study for results in finished]
     seeds = [seed for study in studies for seed in study.seeds]
@@ -52,12 +53,19 @@ def pooled_table(finished: Sequence[Results], reference: str) -> str:
     (size,) = sizes
     shared = [arm.name for arm in studies[0].arms if _is_shared(studies, arm.name, size)]
     if reference not in shared:
-        raise ValueError(f"--reference: {reference!r} is no arm of all studies alike{close_to(reference, shared)}")
-    lines = [(f"{size:,} examples, differences to {reference}", "seeds", *TASK_SETS.values())]
+        raise ValueError(
+            f"reference={reference!r} is no arm with the same settings, none of them chosen by trials, in all of "
+            f"{', '.join(study.name for study in studies)}: name one of {', '.join(shared) or 'none'} by --reference"
+        )
+    task_sets = [name for name in TASK_SETS if all(name in study.evaluation.items for study in studies)]
+    lines = [(f"{size:,} examples, differences to {reference}", "seeds", *(TASK_SETS[name] for name in task_sets))]
     for name in shared:
         if name != reference:
-            differences = {own: _differences(finished, name, reference, size, own) for own in TASK_SETS}
-            lines.append((name, str(len(differences["standard"])), *map(_cell, differences.values())))
+            differences = [_differences(finished, name, reference, size, task_set) for task_set in task_sets]
+            if len(differences[0]):
+                lines.append((name, str(len(differences[0])), *map(_cell, differences)))
+    if len(lines) == 1:
+        raise ValueError(f"no seed of {reference} and another shared arm is finished; run the studies first")
     return markdown(lines, right=range(1, len(lines[0])))
 
 
@@ -74,8 +82,8 @@ def _settings(study: Study, arm: Arm, size: int) -> dict[str, Any] | None:
         return None
     fields = study.training(arm, size, study.seeds[0], 0)
     prediction = {name: value for name, value in vars(arm).items() if name not in ("name", "overrides", "trials")}
-    split = {"split": study.evaluation.split}
-    return {name: value for name, value in fields.items() if name not in _OF_A_SEED} | prediction | split
+    where = {"split": study.evaluation.split, "weights": base_of(study)}
+    return {name: value for name, value in fields.items() if name not in _OF_A_SEED} | prediction | where
 
 
 def _differences(finished: Sequence[Results], name: str, reference: str, size: int, task_set: str) -> Array:

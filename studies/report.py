@@ -24,11 +24,8 @@ from studies.overview import overview_section
 from studies.picture import draw
 from studies.results import read_results, result_files
 from studies.spec import Study
-from studies.store import write_lines, write_text
+from studies.store import ROOT, write_lines, write_text
 from studies.tables import study_section
-
-
-ROOT = Path(__file__).parents[1]
 
 
 def write_report(studies: Sequence[Study], docs: Path) -> list[Path]:
@@ -72,11 +69,6 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     try:
         studies = [load_study(path) for path in arguments.studies or sorted((ROOT / "studies").glob("*.yaml"))]
-        for study in studies:
-            if not Path(study.model).is_dir() and (ROOT / study.model).is_dir():
-                raise ValueError(
-                    f"{study.name}: model={study.model!r} is no folder here: run from the repository's root"
-                )
         if (arguments.studies or arguments.reference) and arguments.docs.resolve() == (ROOT / "docs").resolve():
             raise ValueError(
                 "docs/results.md is of every study, by its own reference, and would be replaced: name another folder "

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from studies.measure import unpack
 from studies.plan import cells, trial_jobs
 from studies.spec import Arm, Study
-from studies.store import ARCHIVE, Store, cell_key, read_lines, training_keys
+from studies.store import ARCHIVE, ROOT, Store, cell_key, read_lines, training_keys
 
 
 Array = NDArray[np.float64]
@@ -94,8 +94,11 @@ def read_results(study: Study, *paths: Path) -> Results:
             an arm's cells those whose setting was chosen by the same trials as the later file's.
 
     Raises:
-        ValueError: two cells were not scored on the same items.
+        ValueError: two cells were not scored on the same items, or the base is in the repository and not below the
+            folder that this runs in, so that no cell would be known.
     """
+    if study.weights is None and not Path(study.model).is_dir() and (ROOT / study.model).is_dir():
+        raise ValueError(f"{study.name}: model={study.model!r} is no folder here: run from the repository's root")
     lines: dict[tuple[str, int | None, int | None], dict[str, Any]] = {}
     chosen: dict[tuple[str, int | None], tuple[Any, Any]] = {}
     stale = set()

@@ -27,7 +27,8 @@ from dip_hf.reasoning import FAMILIES
 from studies.spec import Arm, Study
 
 
-ARCHIVE = Path(__file__).parents[1] / "docs" / "results"
+ROOT = Path(__file__).parents[1]
+ARCHIVE = ROOT / "docs" / "results"
 """Copies of the results, NAME.jsonl, that came with the repository."""
 
 
@@ -73,7 +74,7 @@ def base_of(study: Study) -> str:
 
 @cache
 def base_digest(model: str) -> str:
-    """SHA-256 over the weights of a model's folder, of one file its own; empty for a name on the Hub."""
+    """SHA-256 over the weights of a model's folder, the file's own where there is one; empty where there is none."""
     whole = hashlib.sha256()
     paths = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
     for path in paths:

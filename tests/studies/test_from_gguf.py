@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from gguf import GGUFWriter
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
+from gguf.quants import dequantize, quantize
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from dip_hf.loading import load_base
 from studies.from_gguf import main
 
 
+PACKED = {"blk.0.ffn_down.weight": GGMLQuantizationType.Q4_1}
 WIDTH, HEADS, MLP, WORDS = 16, 2, 32, ["<unk>", "<s>", "</s>", *"abcdefgh", "ab"]
 
 
@@ -46,19 +49,24 @@ def write_gguf(path: Path) -> None:
         "token_embd.weight": (len(WORDS), WIDTH),
     }
     for name, shape in shapes.items():
-        writer.add_tensor(name, draw.normal(size=shape).astype(np.float32))
+        values = draw.normal(size=shape).astype(np.float32)
+        kind = PACKED.get(name, GGMLQuantizationType.F32)
+        writer.add_tensor(name, quantize(values, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def test_the_base_is_the_model_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file, out = tmp_path / "tiny.gguf", tmp_path / "base"
-    write_gguf(file)
-    monkeypatch.setattr("sys.argv", ["from_gguf", str(file), str(out)])
-    main()
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    write_gguf(tmp_path / "tiny.gguf")
+    return tmp_path / "tiny.gguf"
 
+
+def test_the_base_is_the_model_of_the_file(file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "base"
+    main([str(file), str(out)])
     packed = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32)
     base = load_base(out, dtype=torch.float32)
     tokens = torch.tensor([[3, 5, 7, 4]])
@@ -70,15 +78,42 @@ def test_the_base_is_the_model_of_the_file(tmp_path: Path, monkeypatch: pytest.M
     assert AutoTokenizer.from_pretrained(out)("dab").input_ids[-2:] == [6, 11]
 
 
-def test_it_can_be_trained_and_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file, out = tmp_path / "tiny.gguf", tmp_path / "base"
-    write_gguf(file)
-    monkeypatch.setattr("sys.argv", ["from_gguf", str(file), str(out)])
-    main()
+def test_packed_weights_are_unpacked(file: Path, tmp_path: Path) -> None:
+    main([str(file), str(tmp_path / "base")])
+    (tensor,) = (tensor for tensor in GGUFReader(file).tensors if tensor.name in PACKED)
+    expected = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type)).bfloat16()
+    found = load_base(tmp_path / "base").model.layers[0].mlp.down_proj.weight
+    assert torch.equal(found, expected) and len(found.unique()) > 100
 
+
+def test_it_can_be_trained_and_saved(file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "base"
+    main([str(file), str(out)])
     base = load_base(out)
     base(torch.tensor([[3, 4]]), labels=torch.tensor([[3, 4]])).loss.backward()
     base.save_pretrained(tmp_path / "again")
     with safe_open(tmp_path / "again" / "model.safetensors", "pt") as weights:
         assert weights.get_tensor("model.norm.weight").dtype is torch.bfloat16
     assert "quantization_config" not in (tmp_path / "again" / "config.json").read_text()
+
+
+def test_nothing_is_written_over_nor_by_halves(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "base"
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedTokenizerBase, "save_pretrained", Mock(side_effect=OSError("disk full")))
+        with pytest.raises(SystemExit, match=r"studies\.from_gguf: disk full"):
+            main([str(file), str(out)])
+    assert not out.exists()
+    main([str(file), str(out)])
+    assert {path.name for path in tmp_path.iterdir()} == {"tiny.gguf", "base"}
+    with pytest.raises(SystemExit, match=r"out='.*base' exists, and a study may read it: name another folder, or"):
+        main([str(file), str(out)])
+
+
+def test_what_is_no_gguf_file(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"studies\.from_gguf: file='.*none\.gguf' does not exist: give a GGUF file"):
+        main([str(tmp_path / "none.gguf"), str(tmp_path / "base")])
+    (tmp_path / "bad.gguf").write_text("no weights")
+    with pytest.raises(SystemExit, match=r"studies\.from_gguf: "):
+        main([str(tmp_path / "bad.gguf"), str(tmp_path / "base")])
+    assert not (tmp_path / "base").exists()

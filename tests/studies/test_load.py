@@ -1,11 +1,13 @@
 """A study's file: what it means, and what is wrong with a bad one."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoConfig
 
+import studies.store
 from studies.arguments import check_arms, check_fields, parse_training
 from studies.load import load_study
 from studies.store import base_digest, cell_key, training_key
@@ -163,17 +165,24 @@ def test_a_run_is_refused_on_other_weights_than_the_studys(tmp_path: Path) -> No
     check_fields(small_study(tmp_path, model=BASE, weights=own))
     with pytest.raises(ValueError, match=rf"weights='{'0' * 64}': those of model='.*' have the SHA-256 '{own}'; make"):
         check_fields(small_study(tmp_path, model=BASE, weights="0" * 64))
-    with pytest.raises(ValueError, match=r"model='runs/none' is no folder: make the base as the study's file says"):
+    with pytest.raises(ValueError, match=r"model='runs/none' is no folder with safetensors: make the base as"):
         check_fields(small_study(tmp_path, model="runs/none", weights=own))
 
 
-def test_with_weights_named_keys_need_no_base(tmp_path: Path) -> None:
-    here, named = (small_study(tmp_path, model=BASE, weights=weights) for weights in (None, base_digest(BASE)))
-    other = small_study(tmp_path, model=BASE, weights="0" * 64)
-    keys = [
-        cell_key(one, one.arm("lora"), (training_key(one, one.arm("lora"), 8, 0, 0),)) for one in (here, named, other)
-    ]
-    assert keys[0] == keys[1] != keys[2]
+@pytest.mark.parametrize("weights", ["", "0" * 63, "A" * 64, int("1" * 64), ["0" * 64]])
+def test_weights_are_named_by_their_sha256(tmp_path: Path, weights: Any) -> None:
+    with pytest.raises(ValueError, match=rf"weights={re.escape(repr(weights))} must be the SHA-256 of the base's"):
+        small_study(tmp_path, weights=weights)
+
+
+def test_with_weights_named_keys_need_no_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def key(weights: str | None) -> str:
+        study = small_study(tmp_path, model=BASE, weights=weights)
+        return cell_key(study, study.arm("lora"), (training_key(study, study.arm("lora"), 8, 0, 0),))
+
+    here, own = key(None), base_digest(BASE)
+    monkeypatch.delattr(studies.store, "base_digest")
+    assert key(own) == here != key("0" * 64)
 
 
 def test_results_need_a_folder(tmp_path: Path) -> None:

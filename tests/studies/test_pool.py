@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from studies.load import load_study
 from studies.plan import finished_cells
-from studies.pool import main
-from studies.store import Store
+from studies.pool import main, pooled_table
+from studies.results import read_results
+from studies.store import ARCHIVE, Store
 from tests.studies.support import finish_cells, small_study
 
 
@@ -60,8 +62,10 @@ def test_arms_of_other_settings_are_left_out(tmp_path: Path, capsys: pytest.Capt
     [
         ([1, 2], {}, [], "seeds: 1 is in two studies"),
         ([2, 3], {"sizes": {9: {"num_train_epochs": 1}}}, [], r"sizes=\[8, 9\]: pool studies of one"),
-        ([2, 3], {}, ["--reference", "c"], "--reference: 'c' is no arm of all studies alike"),
-        ([2, 3], {"families": ["manipulate_matrix"]}, [], "--reference: 'lora' is no arm of all studies alike"),
+        ([2, 3], {}, ["--reference", "c"], "reference='c' is no arm with .* study, study: name one of lora, a, b by"),
+        ([2, 3], {"families": ["manipulate_matrix"]}, [], "reference='lora' .*: name one of none by --reference$"),
+        ([2, 3], {"weights": "0" * 64}, [], "reference='lora' .*: name one of none by --reference$"),
+        ([2, 3], {}, [], "no seed of lora and another shared arm is finished; run the studies first$"),
     ],
 )
 def test_what_cannot_be_pooled_is_refused(
@@ -72,13 +76,20 @@ def test_what_cannot_be_pooled_is_refused(
         main([*files, *words])
 
 
-@pytest.mark.parametrize("words", [[], ["--reference", "lora_dropout_tenth_more"]])
-def test_what_is_written_of_twenty_seeds_is_what_it_prints(
-    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_set_that_not_all_have_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scores = {"lora": 0.5, "a": 0.6}
+    first = finished_study(tmp_path / "first", [0, 1], scores)
+    second = finished_study(tmp_path / "second", [2, 3], scores, evaluation={"items": {"standard": 4}})
+    main([first, second])
+    assert "| a | 4 | +10.0 [+10.0, +10.0] |" in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("reference", ["lora_dropout", "lora_dropout_tenth_more"])
+def test_what_is_written_of_twenty_seeds_is_the_results(reference: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    main(["studies/confirmation.yaml", "studies/addition.yaml", *words])
-    head, _, *rows = capsys.readouterr().out.splitlines()
+    studies = [load_study(f"studies/{name}.yaml") for name in ("confirmation", "addition")]
+    finished = [read_results(study, ARCHIVE / f"{study.name}.jsonl") for study in studies]
+    head, _, *rows = pooled_table(finished, reference).splitlines()
     table = re.search(rf"^{re.escape(head)}\n.*\n((?:\|.*\n)+)", (ROOT / "docs/findings.md").read_text(), re.MULTILINE)
     assert table is not None
     kept = table.group(1).splitlines()
