@@ -57,6 +57,8 @@ class PretrainingArguments:
     accuracy_examples: int = field(default=200, metadata={"help": "Test questions per pretraining family at the end."})
 
     def __post_init__(self) -> None:
+        if self.accuracy_examples < 1:
+            raise ValueError(f"accuracy_examples={self.accuracy_examples} must be at least 1")
         if unknown := sorted(self.weights.keys() - set(KINDS)):
             raise ValueError(f"weights: {unknown} are no pretraining families; those are {', '.join(KINDS)}")
         if min(self.weights.values(), default=1.0) < 0:

@@ -113,8 +113,8 @@ class DReSBranch:
         if batch_size < self.options.group_size:
             raise ValueError(
                 f"dres_group_size={self.options.group_size} is more than the {batch_size} rows of a batch "
-                "(per_device_train_batch_size, or what auto_find_batch_size made of it), so no group would be filled; "
-                f"lower it to at most {batch_size}, or use dres_placement='token'."
+                "(per_device_train_batch_size, or what auto_find_batch_size made of it), and a group is of different "
+                f"rows; lower it to at most {batch_size}, or use dres_placement='token'."
             )
 
     @contextmanager

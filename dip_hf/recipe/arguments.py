@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from peft import LoraConfig, MontecloraConfig
@@ -123,8 +123,10 @@ class AdapterArguments(ModelConfig):
         # TRL makes a text of a list of one, which PEFT takes for a pattern of whole names, as `all-linear` is to be
         if isinstance(self.lora_target_modules, str) and self.lora_target_modules.isidentifier():
             self.lora_target_modules = [self.lora_target_modules]
-        if self.adapter not in ADAPTERS:
-            raise ValueError(_bad_choice("adapter", self.adapter, ADAPTERS))
+        for option in fields(self):  # of a file's values the parser does not ask whether they are among the choices
+            choices, value = option.metadata.get("choices"), getattr(self, option.name)
+            if choices and value not in choices:
+                raise ValueError(_bad_choice(option.name, value, choices))
         if self.use_peft and self.adapter == "none":
             raise ValueError("use_peft=True contradicts adapter='none': remove use_peft, or choose adapter 'lora'")
         if self.model_name_or_path is None:

@@ -20,6 +20,7 @@ from dip_hf.blocks import select_blocks
 from dip_hf.dipnet import DIPNetConfig
 from dip_hf.dres import DReSBranch
 from dip_hf.icp import ICPBranch
+from dip_hf.model_files import check_base, model_weights
 from dip_hf.peft_compat import BaseTunerLayer, is_own
 from dip_hf.recipe.arguments import AdapterArguments, DataArguments, model_options
 from dip_hf.recipe.data import check_run, is_local, load_datasets
@@ -49,8 +50,11 @@ def describe_run(
 
     Raises:
         ValueError: the same mistakes that stop a real run before its weights load, those in a dataset of the Hub
-            excepted; or a model of unknown shape.
+            and weights that are missing from a model's folder excepted; or a model of unknown shape.
     """
+    base = str(adapter.model_name_or_path)
+    if not Path(base, "config.json").is_file() or model_weights(base):
+        check_base("model_name_or_path", base)
     check_run(data, training, adapter)
     if training.push_to_hub:
         peft_config = adapter.peft_config(training.seed)

@@ -71,7 +71,7 @@ class CheckedTrainer(PublishingTrainer):
     ) -> tuple[list[Any], Tensor | int | None]:
         """As Trainer's; a stream's rows, which could not be seen before, are checked now."""
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if isinstance(self.train_dataset, IterableDataset):
+        if isinstance(self.train_dataset, IterableDataset) and not self.args.packing:
             check_streamed(samples)
         return samples, num_items
 

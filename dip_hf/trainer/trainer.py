@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import statistics
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any
@@ -93,6 +94,7 @@ class DIPSFTTrainer(CheckedTrainer):
         check_monteclora(self)
         # Global step and index of its last micro-batch; evaluation counts apart, so that training does not notice it
         self._micro_steps = {True: (-1, -1), False: (-1, -1)}
+        self._step_values: list[dict[str, float]] = []  # what is to be logged of the step's micro-batches so far
         self.dipnet: DIPNetObjective | None = None
         self.dres: DReSBranch | None = None
         self.icp: ICPBranch | None = None
@@ -205,6 +207,7 @@ class DIPSFTTrainer(CheckedTrainer):
         `auto_find_batch_size` may have made batches too small for a group of DReS.
         """
         self._micro_steps[True] = (-1, -1)
+        self._step_values.clear()
         if self.dres is not None:
             self.dres.check(self._train_batch_size // max(1, self.args.n_gpu), self.padding_free)
         return super().get_train_dataloader()
@@ -259,17 +262,22 @@ class DIPSFTTrainer(CheckedTrainer):
             return super().evaluation_loop(*args, **kwargs)
 
     def _log_terms(self, terms: list[Term], values: dict[str, float]) -> None:
-        """Check every term, then note it raw and weighted, and further values as they are, for the next log line."""
-        metrics = self._metrics["train"]
+        """Check every term, then note it raw and weighted, and further values as they are, for the next log line.
+
+        That takes the mean of what is noted, one value a step, so that the terms add up to the loss where steps have
+        different numbers of micro-batches.
+        """
         # Not `gather_for_metrics`, which takes the terms for examples and cuts them to the size of a short last batch.
         here = torch.stack([term.value.detach().float().to(terms[0].value.device) for term in terms])
         reduced = self.accelerator.reduce(here, reduction="mean")
         for term, mean in zip(terms, reduced.tolist(), strict=True):
             check_finite(term.name, mean, self.state.global_step)  # the mean, so that all ranks stop together
-            metrics[term.name].append(mean)
-            metrics[f"{term.name}_weighted"].append(mean * term.weight)
-        for name, value in values.items():
-            metrics[name].append(value)
+            values |= {term.name: mean, f"{term.name}_weighted": mean * term.weight}
+        self._step_values.append(values)
+        if self.accelerator.sync_gradients:  # the step's last micro-batch
+            for name in values:
+                self._metrics["train"][name].append(statistics.mean(step[name] for step in self._step_values))
+            self._step_values.clear()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As `SFTTrainer`'s; warns of a term that is on and trains nothing, or not what it was to."""

@@ -48,6 +48,7 @@ def recipe() -> ModuleType:
         ({"weights": {"nope": 1.0}}, r"weights: \['nope'\] are no pretraining families"),
         ({"weights": {"copying": -1.0}}, "must not be negative; 0 leaves a family out"),
         ({"hidden_size": 100}, "hidden_size=100 must be an even multiple of num_attention_heads=6"),
+        ({"accuracy_examples": 0}, "accuracy_examples=0 must be at least 1"),
         ({"hidden_size": 18}, "hidden_size=18 must be an even multiple"),
     ],
 )

@@ -272,3 +272,16 @@ def test_a_push_of_an_adapter_on_a_local_base(tmp_path: Path) -> None:
     argv = local_run(tmp_path, 4, "--adapter", "lora", "--lora_target_modules", "all-linear", "--push_to_hub", "true")
     with pytest.raises(ValueError, match=r"push_to_hub=True, but the base .* is a local folder"):
         describe(*argv)
+
+
+def test_a_damaged_model_is_refused_and_one_without_weights_described(tmp_path: Path) -> None:
+    argv = local_run(tmp_path, 4)
+    weights = tmp_path / "model" / "model.safetensors"
+    os.truncate(weights, 1000)
+    with pytest.raises(ValueError, match=r"model_name_or_path: .*model\.safetensors is missing, truncated or damaged"):
+        describe(*argv)
+    weights.unlink()
+    assert "weights missing: no *.safetensors there" in describe(*argv)
+    (tmp_path / "model" / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"model_name_or_path=.* holds neither an adapter .* nor a model"):
+        describe(*argv)

@@ -13,7 +13,7 @@ from torch import nn
 
 from dip_hf import DIPNetConfig
 from tests.trainer.methods import DRES, ICP
-from tests.trainer.tiny import ADAPTER, losses, make_trainer
+from tests.trainer.tiny import ADAPTER, losses, make_trainer, tokenised
 
 
 OTHER_FIELDS = {
@@ -99,6 +99,17 @@ def test_log_and_weighting(weighting: str, tmp_path: Path) -> None:
 
 def _weighted(entry: dict[str, float]) -> float:
     return sum(value for name, value in entry.items() if name.endswith("_weighted"))
+
+
+def test_terms_of_steps_of_unequal_length_add_up_to_the_loss(tmp_path: Path) -> None:
+    """Three micro-batches in the epoch's first step, two in its last."""
+    options = {**DRES, "gradient_accumulation_steps": 3, "num_train_epochs": 2, "max_steps": -1, "logging_steps": 2}
+    trainer = make_trainer(tmp_path, DIPNetConfig(**ADAPTER), options, data=tokenised(40))
+    trainer.train()
+    lines = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(lines) == trainer.state.max_steps / 2 == 2
+    for line in lines:
+        assert line["dres/error"] > 0 and line["loss"] == pytest.approx(_weighted(line), rel=1e-4)
 
 
 @pytest.mark.parametrize("weighting", ["additive", "paper"])

@@ -12,10 +12,10 @@ from pyarrow.compute import list_value_length
 from pyarrow.types import is_large_list, is_list
 from torch import Tensor
 from transformers import Trainer
-from trl import SFTConfig
+from trl import SFTConfig, is_conversational
 
 
-_TEXTS = ("prompt", "completion", "messages", "input_ids", "labels", "completion_mask", "assistant_masks")
+_COLUMNS = ("prompt", "completion", "messages", "input_ids", "labels", "completion_mask", "assistant_masks")
 """Columns that TRL reads, but for that of plain texts, whose name is an option."""
 _CONVERSATIONS = ("prompt", "completion", "messages")
 """Those that may hold messages."""
@@ -46,7 +46,7 @@ def check_dataset(name: str, dataset: object, args: SFTConfig) -> None:
         return
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty; give at least one example.")
-    _check_values(name, dataset, args.dataset_text_field)
+    _check_values(name, dataset, [*_texts(dataset, args), *_COLUMNS])
     completion_only = args.completion_only_loss
     if completion_only is None:
         completion_only = {"prompt", "completion"} <= set(dataset.column_names)
@@ -101,18 +101,24 @@ def check_columns(name: str, dataset: object, args: SFTConfig) -> None:
             f"and completion, messages or {text!r} (dataset_text_field), or give formatting_func."
         )
     row = dataset.with_format(None)[0]
-    for column in {text, "prompt", "completion"} & row.keys() if "input_ids" not in row else ():
-        if not isinstance(row[column], str) and (column == text or not isinstance(row[column], list)):
-            kind = "text" if column == text else "text or a list of messages"
+    plain = _texts(dataset, args)
+    for column in {*plain, "prompt", "completion"} & row.keys() if "input_ids" not in row else ():
+        if not isinstance(row[column], str) and (column in plain or not isinstance(row[column], list)):
+            kind = "text" if column in plain else "text or a list of messages"
             raise ValueError(f"{name}: the column {column!r} must hold {kind}, got {row[column]!r} in row 0.")
 
 
-def _check_values(name: str, dataset: Dataset, text_field: str) -> None:
+def _texts(dataset: Dataset, args: SFTConfig) -> list[str]:
+    """The column of plain texts, which TRL does not read where there are conversations."""
+    return [] if is_conversational(dataset.with_format(None)[0]) else [args.dataset_text_field]
+
+
+def _check_values(name: str, dataset: Dataset, columns: Sequence[str]) -> None:
     """
     Raises:
         ValueError: a row has no value in a column that TRL reads, or a conversation no message.
     """
-    for column in [column for column in (text_field, *_TEXTS) if column in dataset.column_names]:
+    for column in [column for column in columns if column in dataset.column_names]:
         first = 0
         for values in _arrays(dataset, column):
             missing = np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))
@@ -233,14 +239,20 @@ def check_streamed(batches: Sequence[Mapping[str, Any]]) -> None:
     """A stream's rows are seen when it is their turn.
 
     Args:
-        batches: of one optimiser step; a row that is packed, or without padding, is one row with its neighbours.
+        batches: of one optimiser step, not packed, for a piece that packing cut off may have no label; rows without
+            padding are one row.
 
     Raises:
-        ValueError: a row trains no token.
+        ValueError: a row of more than one token trains none.
     """
     for batch in batches:
-        labels = batch.get("labels")
-        if isinstance(labels, Tensor) and labels.dim() == 2 and not (labels[:, 1:] != -100).any(1).all():
+        labels, mask = batch.get("labels"), batch.get("attention_mask")
+        if not isinstance(labels, Tensor) or labels.dim() != 2:
+            continue
+        idle = ~(labels[:, 1:] != -100).any(1)
+        if isinstance(mask, Tensor) and mask.shape == labels.shape:
+            idle &= mask.sum(1) > 1  # a lone token, such as an empty text's, has nothing to predict
+        if idle.any():
             raise ValueError(
                 "train_dataset: a row of the stream has no label but perhaps on its first token, which nothing "
                 "predicts, so the row trains nothing; filter such rows out."

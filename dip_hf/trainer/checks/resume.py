@@ -21,10 +21,16 @@ _OF_LORA = (
     "alpha_pattern",
     "target_modules",
     "target_parameters",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
     "modules_to_save",
+    "trainable_token_indices",
+    "init_lora_weights",
     "use_rslora",
     "use_dora",
     "bias",
+    "lora_bias",
 )
 """What of LoRA its weights, or what they do, depend on."""
 

@@ -244,6 +244,36 @@ def test_a_row_of_a_stream(tmp_path: Path) -> None:
     assert trainer.state.global_step == 2
 
 
+@pytest.mark.parametrize(
+    ("rows", "options"),
+    [
+        ([{"prompt": "abc def ghi jkl mno pqr" * 2, "completion": " ok"}], {"packing": True, "max_length": 16}),
+        ([{"text": "abcde"}] * 3 + [{"text": "abcdef"}], {"packing": True, "max_length": 8}),
+        ([{"text": "abc def"}, {"text": ""}], {}),
+    ],
+    ids=["a piece of a prompt", "a piece of one token", "an empty text"],
+)
+def test_rows_of_a_stream_that_pass_in_a_dataset(
+    rows: list[dict[str, Any]], options: dict[str, Any], tmp_path: Path
+) -> None:
+    options = {"packing_strategy": "wrapped", "max_steps": 2, "per_device_train_batch_size": 2, **options}
+    data = Dataset.from_list(rows * 8)
+    logged = [
+        losses(run)
+        for name, given in (("whole", data), ("stream", data.to_iterable_dataset()))
+        if (run := make_trainer(tmp_path / name, None, options, data=given)).train()
+    ]
+    assert len(logged[0]) == len(logged[1]) == 2
+
+
+def test_a_column_of_texts_beside_conversations_is_not_read(tmp_path: Path) -> None:
+    turns = {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}
+    for text in (None, ["c"]):
+        make_trainer(tmp_path, None, {"max_steps": 1}, data=Dataset.from_list([{**turns, "text": text}] * 4)).train()
+    with pytest.raises(ValueError, match="train_dataset row 0: 'text' is null"):
+        make_trainer(tmp_path, None, data=Dataset.from_list([{"prompt": "a", "completion": "b", "text": None}]))
+
+
 def test_a_stream_of_which_no_row_is_left(tmp_path: Path) -> None:
     rows = stream([{"prompt": "abcdefgh", "completion": "i"}] * 4)
     trainer = make_trainer(tmp_path, None, {"max_length": 4}, data=rows)

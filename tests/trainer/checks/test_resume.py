@@ -16,6 +16,7 @@ from tests.trainer.tiny import ADAPTER, base_model, losses, make_trainer, tokeni
 
 
 OPTIONS = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 4}
+ONE = {"target_modules": ["q_proj"]}
 
 
 @pytest.mark.parametrize(
@@ -41,13 +42,17 @@ OPTIONS = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "per_devic
         ({}, {"alpha_pattern": {"q_proj": 64}}, r"alpha_pattern=\{'q_proj': 64\}, but .* has \{\};"),
         ({}, {"rank_pattern": {"q_proj": 4}}, r"rank_pattern=\{'q_proj': 4\}, but .* has \{\};"),
         ({}, {"target_modules": ["v_proj", "q_proj"]}, r"target_modules=\['q_proj', 'v_proj'\], but .* has \['down"),
+        ({**ONE, "layers_to_transform": [0]}, {**ONE, "layers_to_transform": [1]}, r"layers_to_transform=\[1\], but"),
+        ({}, {"exclude_modules": ["q_proj"]}, r"exclude_modules=\['q_proj'\], but .* has None;"),
+        ({}, {"trainable_token_indices": [3, 4]}, r"trainable_token_indices=\[3, 4\], but .* has None;"),
+        ({}, {"init_lora_weights": "pissa"}, r"init_lora_weights='pissa', but .* has False;"),
         ({"use_rslora": True}, {}, r"use_rslora=False, but .* has True;"),
     ],
     ids=str,
 )
 def test_another_adapter(first: dict[str, Any], then: dict[str, Any], message: str, tmp_path: Path) -> None:
     deeper = base_model(depth=5) if first.get("noise_blocks") == [4] else None
-    make_trainer(tmp_path, DIPNetConfig(**ADAPTER, **first), OPTIONS, model=deeper).train()
+    make_trainer(tmp_path, DIPNetConfig(**{**ADAPTER, **first}), OPTIONS, model=deeper).train()
     trainer = make_trainer(tmp_path, DIPNetConfig(**{**ADAPTER, **then}), {**OPTIONS, "max_steps": 3})
     for checkpoint in (True, str(tmp_path / "checkpoint-2")):
         with pytest.raises(ValueError, match=message):
