@@ -103,7 +103,7 @@ def train(study: Study, store: Store, job: Job, member: int = 0) -> dict[str, An
     assert job.size is not None and job.seed is not None and job.trial is not None
     folder = store.training_folder(job.trained[member])
     # Renamed when it is whole: what a killed run leaves is never taken for a run, but gone on with. A worker whose
-    # parent was killed finishes its job, and may have it still.
+    # parent was killed ends too, but may have it for a moment still.
     part = folder.with_name(f"{folder.name}.part")
     if not store.has_training(job.trained[member]):
         with locked(part / "lock", wait=True):

@@ -89,28 +89,26 @@ def _arm(name: str, given: dict[str, Any]) -> Arm:
 
 
 def _check(study: Study) -> None:
+    for name in ("model", "output_dir"):
+        if not isinstance(getattr(study, name), str):
+            raise ValueError(f"{name}={getattr(study, name)!r} must be a text")
+    for family in study.families:
+        if study.families.count(family) > 1:
+            raise ValueError(f"families: {family!r} is named twice")
     for size in study.sizes:
-        if not isinstance(size, int) or size < 1:
+        if type(size) is not int or size < 1:
             raise ValueError(f"sizes: {size!r} must be a number of training examples, at least 1")
     extra = sorted(set(study.selection.seeds) - set(study.seeds))
     if extra:
         raise ValueError(f"selection.seeds: {extra[0]} is none of seeds={list(study.seeds)}; its runs would be wasted")
     evaluation = study.evaluation
-    for name, value in (
-        ("selection.examples", study.selection.examples),
-        ("evaluation.batch_size", evaluation.batch_size),
-    ):
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
-    for name in ("probe_items", "smoothness_items"):
-        if getattr(study.evaluation, name) < 0:
-            raise ValueError(
-                f"evaluation.{name}={getattr(study.evaluation, name)} must not be negative; 0 turns it off"
-            )
+    _check_count("selection.examples", study.selection.examples, 1)
+    _check_count("evaluation.batch_size", evaluation.batch_size, 1)
+    for name in ("probe_items", "smoothness_items"):  # 0 turns it off
+        _check_count(f"evaluation.{name}", getattr(evaluation, name), 0)
     _check_keys("evaluation.items", study.evaluation.items, TASK_SETS, required=["standard"])
     for name, value in study.evaluation.items.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"evaluation.items.{name}={value!r} must be at least 1 test item per family")
+        _check_count(f"evaluation.items.{name}", value, 1)
     if evaluation.split not in ("test", "validation"):
         raise ValueError(f"evaluation.split={evaluation.split!r} must be 'test' or 'validation'")
     tempered = [arm.name for arm in study.arms if arm.temperature]
@@ -157,9 +155,7 @@ def _check_prediction(arm: Arm) -> None:
     """Refuse ways to predict that are none, or that cannot be combined."""
     where = f"arms.{arm.name}"
     for name, least in (("num_samples", 0), ("ensemble", 1)):
-        value = getattr(arm, name)
-        if type(value) is not int or value < least:
-            raise ValueError(f"{where}.{name}={value!r} must be a whole number of at least {least}")
+        _check_count(f"{where}.{name}", getattr(arm, name), least)
     for name in ("dropout_at_test", "temperature", "untrained"):
         if type(getattr(arm, name)) is not bool:
             raise ValueError(f"{where}.{name}={getattr(arm, name)!r} must be true or false")
@@ -181,6 +177,11 @@ def _all_overrides(study: Study) -> Iterable[tuple[str, Mapping[str, Any]]]:
         yield f"arms.{arm.name}", arm.overrides
         for index, trial in enumerate(arm.trials):
             yield f"arms.{arm.name}.trials[{index}]", trial
+
+
+def _check_count(name: str, value: Any, least: int) -> None:
+    if type(value) is not int or value < least:
+        raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
 
 
 def _whole_numbers(name: str, value: Any) -> tuple[int, ...]:

@@ -165,11 +165,15 @@ def main(argv: list[str] | None = None) -> int:
             if name not in names:
                 raise ValueError(f"--arms: {name!r} is no arm of {arguments.study}{close_to(name, names)}")
         check_fields(study)
+        finished = read_lines(ARCHIVE / f"{study.name}.jsonl")
+        Path(study.output_dir).mkdir(parents=True, exist_ok=True)
     except ValueError as error:
         sys.exit(f"studies.run: {error}")
+    except OSError as error:
+        sys.exit(f"studies.run: output_dir={study.output_dir!r}: {error}; name a folder that can be made")
     try:
         with locked(Path(study.output_dir, "lock"), wait=False):
-            adopt(Store(study.output_dir), read_lines(ARCHIVE / f"{study.name}.jsonl"))
+            adopt(Store(study.output_dir), finished)
             return 1 if run(study, run_job, arguments.workers, arguments.hours, arguments.arms) else 0
     except BlockingIOError:
         sys.exit(f"studies.run: output_dir={study.output_dir!r}: another study is running there; wait for it")

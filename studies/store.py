@@ -127,7 +127,7 @@ class Store:
 
     def clear_parts(self) -> None:
         """Remove the files that killed processes left half-written; begun training runs stay, to be gone on with."""
-        for path in self.folder.glob("*/*.part"):
+        for path in (*self.folder.glob("*.part"), *self.folder.glob("*/*.part"), *self.folder.glob("*/*/*.part")):
             if path.is_file():
                 path.unlink()
 
@@ -168,5 +168,15 @@ def write_lines(path: Path, cells: list[dict[str, Any]]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """What `write_lines` wrote; nothing where there is no file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    """What `write_lines` wrote; nothing where there is no file.
+
+    Raises:
+        ValueError: a line is no JSON.
+    """
+    cells = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.is_file() else (), start=1):
+        try:
+            cells.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}, is no finished cell ({error}); restore or remove it") from error
+    return cells

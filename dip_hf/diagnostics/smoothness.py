@@ -39,7 +39,7 @@ def smoothness(
         model: a transformers or PEFT model in fp32, on one device.
         batches: dicts with `input_ids`, `attention_mask` and `labels` (-100 where not trained).
         max_iterations: Hessian-vector products per batch at most.
-        tolerance: relative change of an estimate at which it counts as found.
+        tolerance: as for `spectral_norms`.
         key: seed of the start vectors.
 
     Returns:

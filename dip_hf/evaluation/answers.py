@@ -15,10 +15,21 @@ except ImportError as error:
 _CUED_LINE = re.compile(r".*\bthe answer is[:\s]*([^\n]*)", re.IGNORECASE | re.DOTALL)
 # A formula has no blank inside of its dollars, as amounts of money have: "$18, which is $6 more"
 _FORMULA = r"\$(?!\s)[^$]*(?<!\s)\$(?!\d)"
+_SENTENCE_END = r"[.!?;](?:\s|$)"
 # Behind a comma the sentence may go on to compute: "16 - 3 - 4 = 9, so 9 * 2 = 18"
-_CLAUSE_END = r",\s(?!(?:(?![.!?;](?:\s|$)).)*=)"
-# The first formula or number of a line, up to the end of its sentence or clause, or a remark in parentheses
-_VALUE = re.compile(rf"(?:(?!{_FORMULA})\D)*(?:{_FORMULA}|\d)(?:(?![.!?;](?:\s|$)|{_CLAUSE_END}|\s\().)*")
+_COMPUTED = rf"(?:(?!{_SENTENCE_END}).)*="
+
+
+def _value_up_to(clause_end: str) -> re.Pattern[str]:
+    """The first formula or number of a line, up to the end of its sentence or clause, or a remark in parentheses."""
+    return re.compile(rf"(?:(?!{_FORMULA})\D)*(?:{_FORMULA}|\d)(?:(?!{_SENTENCE_END}|{clause_end}|\s\().)*")
+
+
+_CLAUSE = _value_up_to(r",\s")
+_COMPUTATION = _value_up_to(rf",\s(?!{_COMPUTED})")
+# A value that opens the clause, perhaps behind a bracket of its own, or in bold
+_FIRST = re.compile(rf"\s*(?:[^\w\s]+\s+)?[*_`]*({_FORMULA}|\S*?\d\S*?)[*_`]*(?:\s|$)")
+_OPERATOR = re.compile(r"\d\s*[*+×÷^]\s*[\d$(]|\d\s+[-/x]\s|\d\s+\d")
 _WORD = re.compile(r"[^\W\d_]{2,}")
 
 
@@ -26,8 +37,9 @@ def score_math_answer(generated: str, target: str) -> float:
     """1.0 where the answer of a worked solution equals the target as a mathematical expression, else 0.0.
 
     Scored with Math-Verify as in arXiv 2506.04690. Where the text says "the answer is", only the number or formula
-    behind the last such words counts, with what belongs to it in its clause; otherwise, or where neither a value nor
-    a word stands there, Math-Verify looks through all of it (this project's choice).
+    behind the last such words counts: a computation to its end, else a value that stands there at once, else the
+    last one of the clause ("that 2 shirts cost 18 dollars"). Otherwise, or where neither a value nor a word stands
+    there, Math-Verify looks through all of it (this project's choice).
 
     Args:
         generated: the generated solution.
@@ -43,6 +55,16 @@ def score_math_answer(generated: str, target: str) -> float:
     text = generated.replace("\\$", "")
     cued = _CUED_LINE.match(text)
     line = cued[1] if cued else ""
-    value = _VALUE.match(line)
-    answer = parse(value[0] if value else line)
+    answer = parse(_value(line))
     return float(verify(gold, answer if answer or _WORD.search(line) else parse(text)))
+
+
+def _value(line: str) -> str:
+    """The part of a line that is its answer; all of it where it holds no value."""
+    clause = _CLAUSE.match(line)
+    if clause is None:
+        return line
+    if "=" in clause[0]:
+        return (_COMPUTATION.match(line) or clause)[0]
+    first = _FIRST.match(clause[0])
+    return clause[0] if first is None or _OPERATOR.search(clause[0]) else first[1]

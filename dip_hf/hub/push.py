@@ -20,6 +20,8 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
+from dip_hf.adapter_files import CONFIG_NAME
+from dip_hf.hub.record import ENVIRONMENT_NAME, TRAINING_NAME
 from dip_hf.hub.results import BENCHMARK_FOLDER, EVALUATION_FOLDER
 from dip_hf.hub.settings import PushSettings
 from dip_hf.hub.stage import LORA_FOLDER, MERGED_FOLDER, Staging, stage
@@ -67,7 +69,8 @@ def push(
 
     The commit names the head that was looked at as its parent, so that it fails where someone pushes in between. A
     repository's head that did not come from this folder (see `RECORD_NAME`) is overwritten with `settings.force` only.
-    Weight files that this push lacks, and pickles of transformers' own pushes, are deleted in the same commit.
+    Files of an earlier run's weights that this push lacks, and pickles of transformers' own pushes, are deleted in
+    the same commit.
 
     Args:
         settings: what and where to.
@@ -167,7 +170,7 @@ class _Push:
 
     def _commit(self, staging: Staging, head: str, present: set[str]) -> CommitInfo:
         additions = {name: staging.files[name] for name in sorted(staging.files)}
-        stale = sorted(name for name in present - additions.keys() if _is_weight(name) or _is_result(name))
+        stale = sorted(name for name in present - additions.keys() if _is_of_a_run(name))
         message = self.settings.commit_message or f"Push a run with dip_hf {version('dip_hf')}"
 
         def landed() -> CommitInfo | None:
@@ -279,14 +282,14 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split()).rstrip(".")
 
 
-def _is_weight(name: str) -> bool:
+def _is_of_a_run(name: str) -> bool:
+    """Whether a file is weights, or says what is true of other weights than those that are now pushed."""
     folder, _, file = name.rpartition("/")
+    if folder in (EVALUATION_FOLDER, BENCHMARK_FOLDER) or name in (TRAINING_NAME, ENVIRONMENT_NAME):
+        return True
+    if folder in ("", LORA_FOLDER) and file == CONFIG_NAME:
+        return True
     return folder in ("", LORA_FOLDER, MERGED_FOLDER) and _WEIGHTS.fullmatch(file) is not None
-
-
-def _is_result(name: str) -> bool:
-    """Whether a file holds results of the weights that stood in the repository, which are now replaced."""
-    return name.startswith((f"{EVALUATION_FOLDER}/", f"{BENCHMARK_FOLDER}/"))
 
 
 def _object_ids(path: Path) -> set[str]:

@@ -125,7 +125,8 @@ class Results:
             A file's name to its entry, the value in %.
 
         Raises:
-            ValueError: one is malformed, not in the report, or was run on the validation split or some items only.
+            ValueError: one is malformed, not in the report, the second of its task, or
+                was run on the validation split or some items only.
         """
         entries = {}
         for text in benchmarks:
@@ -149,7 +150,10 @@ class Results:
             line = next(line for line in lines if line.checkpoint == self.checkpoint)
             error = "" if line.standard_error is None else f", standard error {line.standard_error:.2f}"
             prediction = "" if self.prediction is None else f", {self.prediction}"
-            entries[re.sub(r"\W+", "_", match["task"]) + ".yaml"] = EvalResultEntry(
+            name = re.sub(r"\W+", "_", match["task"]) + ".yaml"
+            if name in entries:
+                raise ValueError(f"benchmarks: {text!r} is another result for {name}; give one benchmark for a task")
+            entries[name] = EvalResultEntry(
                 dataset_id=match["dataset"],
                 task_id=match["task_id"],
                 value=round(line.accuracy, 2),

@@ -92,7 +92,8 @@ def read_run(folder: str | Path, base_model: str | None = None, datasets: list[s
         if "model_type" not in (read_mapping(folder / "config.json") or {}):
             raise ValueError(f"{folder / 'config.json'} names no model_type; save or download the model again")
         kind, adapter = MODEL, {}
-        base = base if base and not Path(str(base)).exists() else base_model
+        if base_model is None and base and not _is_on_hub(str(base), folder):
+            base = None  # a card may name a folder
     known = card.get("datasets") or []
     names = datasets if datasets is not None else [known] if isinstance(known, str) else known
     return FinishedRun(
@@ -124,6 +125,15 @@ def local_base(base: str, folder: Path) -> Path | None:
     """
     places = (Path.cwd(), *folder.resolve().parents) if base else ()
     return next((place / base for place in places if (place / base / "config.json").is_file()), None)
+
+
+def _is_on_hub(base: str, folder: Path) -> bool:
+    """Whether a base is a name on the Hub, and no folder that is seen from here or from above the run."""
+    try:
+        check_repo_id("base_model", base)
+    except ValueError:
+        return False
+    return not Path(base).exists() and local_base(base, folder) is None
 
 
 def _check_public(base: str, folder: Path, was_local: bool) -> None:

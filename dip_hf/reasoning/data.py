@@ -1,9 +1,10 @@
-"""Prompt-completion datasets from reasoning-gym with splits that cannot overlap.
+"""Prompt-completion datasets from reasoning-gym, no prompt of which is in two splits.
 
 Item i of a reasoning-gym dataset is drawn with seed + i, so that nearby seeds repeat each other almost entirely, and
 small families repeat their questions under any seed. A prompt therefore belongs to the split that its hash names,
 whatever seed, size, level or wording produced it: no list of earlier questions is needed, and splits of any size stay
-apart.
+apart. What is asked may be the same in other words: some palindromes of the test split have the letters of a
+training example in another order, and so its answers.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,19 @@ def test_commits_of_others_are_not_overwritten(call: Call, hub: Hub, run_folder:
     assert repo.head == theirs
     assert call("push", settings(run_folder, "you/shared", force=True)) == {"value": repo.head}
     assert repo.head != theirs and repo.files["README.md"] != b"theirs"
+
+
+def test_a_whole_model_over_an_adapter_leaves_nothing_of_it(
+    call: Call, hub: Hub, run_folder: Path, base_folder: Path, tmp_path: Path
+) -> None:
+    whole = Path(shutil.copytree(base_folder, tmp_path / "whole"))
+    assert "value" in call("push", settings(run_folder, "you/replaced"))
+    repo = hub.repos["you/replaced"]
+    assert {"adapter_config.json", "lora/adapter_config.json", "environment.json"} <= repo.files.keys()
+    repo.add_commit("theirs", {**repo.files, "notes.txt": b"theirs"})
+    assert "value" in call("push", settings(whole, "you/replaced", force=True))
+    mine = {path.name for path in base_folder.iterdir()}
+    assert repo.files.keys() == mine | {".gitattributes", "README.md", "notes.txt"}
 
 
 def test_a_push_of_others_in_between_stops_ours(call: Call, hub: Hub, run_folder: Path) -> None:

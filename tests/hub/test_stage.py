@@ -75,6 +75,17 @@ def test_a_whole_model_goes_as_it_is(base_folder: Path, tmp_path: Path) -> None:
         staged(base_folder, tmp_path / "two", merged=True)
 
 
+@pytest.mark.parametrize("base", ["/home/somebody/llama", "models/base", "you/origin"])
+def test_a_whole_models_card_names_no_local_base(
+    base: str, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(base_folder, tmp_path / "project" / "runs" / "whole")
+    shutil.copytree(base_folder, tmp_path / "project" / "models" / "base")
+    (folder / "README.md").write_text(f"---\nbase_model: {base}\n---\n")
+    monkeypatch.chdir(base_folder)
+    assert (base in staged(folder, tmp_path / "work").files["README.md"].read_text()) == (base == "you/origin")
+
+
 def test_the_merged_model_computes_what_the_adapter_does(base_folder: Path, tmp_path: Path) -> None:
     config = DIPNetConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
     model = save_adapter(base_folder, tmp_path / "run", config).eval()
@@ -163,6 +174,7 @@ def test_results_and_benchmarks(run_folder: Path, tmp_path: Path) -> None:
     ("changes", "limit", "message"),
     [
         ({"benchmarks": ["gsm8k_cot"]}, None, "must read TASK=DATASET_ID:TASK_ID"),
+        ({"benchmarks": ["gsm8k_cot=a/b:c", "gsm8k_cot=a/b:d"]}, None, "'gsm8k_cot=a/b:d' is another result for"),
         ({"benchmarks": ["aime=a/b:c"]}, None, "'aime' is no task of the report"),
         ({"benchmarks": ["gsm8k_cot=a/b:c"]}, 100, "covers the first 100 items"),
         ({"checkpoint": "other"}, None, "checkpoint='other'.*give its name"),

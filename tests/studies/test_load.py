@@ -28,11 +28,11 @@ ROOT = Path(__file__).parents[2]
         ({"evaluation": {"items": {"standrad": 4}}}, "evaluation.items: the key 'standrad' is unknown; did you mean"),
         (
             {"evaluation": {"items": {"standard": 0}}},
-            "evaluation.items.standard=0 must be at least 1 test item per family",
+            "evaluation.items.standard=0 must be a whole number of at least 1",
         ),
         (
             {"evaluation": {"items": {"standard": 4}, "probe_items": -1}},
-            "evaluation.probe_items=-1 must not be negative",
+            "evaluation.probe_items=-1 must be a whole number of at least 0",
         ),
         ({"evaluation": {"items": {"standard": 4}, "typo_rate": 1.5}}, "evaluation.typo_rate=1.5 must be a share"),
         (
@@ -46,6 +46,11 @@ ROOT = Path(__file__).parents[2]
             },
             "arms.b.temperature is fitted on the validation split",
         ),
+        ({"weights": 5}, "weights=5 must be the SHA-256"),
+        ({"families": ["number_sorting"] * 2}, "families: 'number_sorting' is named twice"),
+        ({"sizes": {True: {}}}, "sizes: True must be a number"),
+        ({"evaluation": {"items": {"standard": 4}, "batch_size": 12.5}}, "evaluation.batch_size=12.5 must be a whole"),
+        ({"evaluation": {"items": {"standard": 4}, "probe_items": 2.5}}, "evaluation.probe_items=2.5 must be a whole"),
         ({"reference": "lra"}, "reference='lra' is no trained arm; did you mean 'lora'"),
         ({"reference": "base"}, "reference='base' is no trained arm"),
         ({"sizes": [8]}, r"sizes=\[8\] must map"),

@@ -48,9 +48,13 @@ def test_finished_jobs_are_skipped_and_an_interrupted_write_is_not_finished(tmp_
     assert [(line["arm"], line["seed"]) for line in finished_cells(study, store)] == [("base", None), ("lora", 0)]
     (job, *_) = open_jobs(study, store)
     (store.folder / "cells" / f"{job.key}.json.part").write_text("{")
+    (store.folder / "study.jsonl.9.part").write_text("{")
+    begun = store.folder / "trainings" / "begun.part"
+    begun.mkdir(parents=True)
+    (begun / "training.json.9.part").write_text("{")
     assert next(open_jobs(study, store)) == job
     store.clear_parts()
-    assert not list(store.folder.glob("*/*.part"))
+    assert list(store.folder.rglob("*.part")) == [begun] and not list(begun.iterdir())
 
 
 def test_a_changed_arm_keeps_the_others(tmp_path: Path) -> None:

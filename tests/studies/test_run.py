@@ -8,7 +8,7 @@ import pytest
 
 from studies.plan import Work
 from studies.run import Progress, main, run
-from studies.store import locked
+from studies.store import locked, read_lines
 from tests.studies.support import BASE, small_study, write_study
 from tests.studies.workload import do
 
@@ -61,6 +61,20 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     path = write_study(tmp_path, model=BASE)
     with locked(tmp_path / "out" / "lock", wait=False), pytest.raises(SystemExit, match="another study is running"):
         main([str(path)])
+
+
+def test_an_output_dir_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    path = write_study(tmp_path, model=BASE)
+    path.write_text(path.read_text().replace(str(tmp_path / "out"), str(tmp_path / "file" / "out")))
+    with pytest.raises(SystemExit, match=r"^studies\.run: output_dir='.*out': .*; name a folder that can be made"):
+        main([str(path)])
+
+
+def test_a_line_that_is_no_cell_is_named(tmp_path: Path) -> None:
+    (tmp_path / "cells.jsonl").write_text('{"arm": "x"}\n<<<<<<<\n')
+    with pytest.raises(ValueError, match=r"cells\.jsonl, line 2, is no finished cell .*; restore or remove it"):
+        read_lines(tmp_path / "cells.jsonl")
 
 
 def test_a_study_is_done_in_parts(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
