@@ -17,7 +17,7 @@ from dip_hf.second_pass import IN_SECOND_PASS
 
 
 @torch.compiler.disable
-def _recomputing() -> bool:
+def recomputing() -> bool:
     """Whether this runs inside a backward pass: a checkpoint computes a part of the forward pass again.
 
     Asked in compiled code too, at the cost of a break in its graph: a compiled part of a block that is recomputed
@@ -69,8 +69,6 @@ class NoiseState:
         generating: whether text is being generated: a model in training mode then draws nothing of its own accord.
         kept_sample: key of the posteriors' sample in the text that is being generated; None before its first token.
         tokens: number of tokens that the folded blocks see, over all trajectories; 0 before the first folded pass.
-        last_sample: posterior key and m of the last forward pass, for the backward pass that recomputes it, when the
-            `sampling` context may have closed.
         attention_mask: of the current forward pass, shape (batch, length), nonzero where valid; None where unknown.
     """
 
@@ -80,7 +78,6 @@ class NoiseState:
     generating: bool = False
     kept_sample: Tensor | None = None
     tokens: int = 0
-    last_sample: tuple[Tensor, int] | None = None
     attention_mask: Tensor | None = None
 
     @property
@@ -97,7 +94,6 @@ class NoiseState:
     def passes_under(self, sampling: Sampling) -> Iterator[None]:
         """Forward passes inside draw so; contexts nest."""
         outer, self.sampling = self.sampling, sampling
-        self.last_sample = (sampling.posterior_key, sampling.trajectories)
         try:
             yield
         finally:
@@ -144,7 +140,7 @@ class NoiseState:
             RuntimeError: called while a backward pass recomputes activations, whose noise it could not repeat, or in
                 a second pass, which must see the first one's sample.
         """
-        if _recomputing():
+        if recomputing():
             raise RuntimeError(
                 "a checkpoint around a decoder block recomputes its noise, which would differ from the forward "
                 "pass's; use `model.gradient_checkpointing_enable()`, which leaves the block's hooks outside, or keep "
@@ -161,12 +157,11 @@ class NoiseState:
             self.own_key = torch.cat([first, self.own_key[1:2] + 1, rest])
             if self.generating and self.kept_sample is None:
                 self.kept_sample = self.own_key
-            self.last_sample = self._own_sample()
             self.visited = set()
         self.visited.add(layer)
 
     def posterior_sample(self, layer: int, seed: int) -> tuple[Tensor, int]:
-        """The key and m of the posteriors' sample in this pass, or in the one that a backward pass recomputes.
+        """The key and m of the posteriors' sample in this pass.
 
         Args:
             layer: the posterior's number.
@@ -174,11 +169,5 @@ class NoiseState:
         """
         if self.sampling is not None:
             return self.sampling.posterior_key, self.sampling.trajectories
-        if _recomputing() and self.last_sample is not None:
-            return self.last_sample
         self.enter_layer(layer, seed)
-        return self._own_sample()
-
-    def _own_sample(self) -> tuple[Tensor, int]:
-        """What `posterior_sample` gives outside of `sampling`."""
         return self.own_key if self.kept_sample is None else self.kept_sample, 1

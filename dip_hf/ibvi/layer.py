@@ -16,7 +16,7 @@ from dip_hf.ibvi.functional import (
     project,
 )
 from dip_hf.noise import derive_seed
-from dip_hf.noise_state import NoiseState
+from dip_hf.noise_state import NoiseState, recomputing
 from dip_hf.peft_compat import PARAMETER_PREFIX, LoraLayer, LoraVariant
 
 
@@ -74,6 +74,7 @@ class Covariance(nn.Module):
         super().__init__()
         self.shape, self.rank, self.scale, self.in_eval, self.seed = shape, rank, scale, in_eval, seed
         self.name, self.number, self.block, self.state = name, posterior_number(name), block, state
+        self.drawn: tuple[Tensor, int] | None = None
         empty = torch.empty(rank, *shape, dtype=torch.float32, device="meta")
         self.weight = nn.Parameter(empty if device.type == "meta" else self.initial().to(device))
 
@@ -95,6 +96,17 @@ class Covariance(nn.Module):
         """Whether a forward pass now samples: in training, inside `sampling`, or where evaluation shall, too."""
         return self.scale > 0 and self.state.draws(self.training, self.in_eval)
 
+    def _sample(self, number: int) -> tuple[Tensor, int]:
+        """Key and m of the sample in this pass, or in the one that a backward pass recomputes.
+
+        Kept here, since a `sampling` context may have closed by then, and another adapter, as DPO's reference, may
+        have drawn.
+        """
+        if self.state.sampling is None and recomputing() and self.drawn is not None:
+            return self.drawn
+        self.drawn = self.state.posterior_sample(number, self.seed)
+        return self.drawn
+
     def forward(self, x: Tensor, mean: Tensor, position: int) -> Tensor:
         """x (A + Σ_k z_k S_k)ᵀ, with one z per trajectory, shared by its rows and tokens.
 
@@ -113,7 +125,7 @@ class Covariance(nn.Module):
                 A is offloaded.
         """
         number = self.number ^ position
-        key, trajectories = self.state.posterior_sample(number, self.seed)
+        key, trajectories = self._sample(number)
         if trajectories > 1 and self.state.sampling is not None and x.shape[:-1].numel() != self.state.tokens:
             raise ValueError(
                 f"trajectories={trajectories}: a variational layer of block {self.block} sees {x.shape[:-1].numel()} "

@@ -221,10 +221,11 @@ def test_a_generated_text_is_of_one_sample(arguments: dict[str, Any]) -> None:
     """Where evaluation keeps the noise: the cache holds keys and values of every token before."""
     model = variational(build(), noise_in_eval=True, **arguments).eval()
     state = model.base_model.noise_state
+    leaf = next(iter(posteriors(model).values()))[1]
     seen: list[tuple[Any, Any]] = []
 
     def watch(*_: Any) -> None:
-        seen.append((tuple(state.last_sample[0].tolist()), tuple(state.key.tolist())))
+        seen.append((tuple(leaf.drawn[0].tolist()), tuple(state.key.tolist())))
 
     model.get_base_model().model.register_forward_hook(watch)
     options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}

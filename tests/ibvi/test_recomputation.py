@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from datasets import Dataset
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
+from trl import DPOConfig, DPOTrainer
 
-from dip_hf import NoiseKey
-from tests.dipnet.models import adapt, batch, build
+from dip_hf import DIPNetConfig, NoiseKey
+from tests.dipnet.models import adapt, batch, build, config
 from tests.ibvi.models import EVERYWHERE, POSTERIOR, variational
+from tests.trainer.tiny import ADAPTER, base_model, tokenizer
 
 
 def checkpointed(model: PeftModel, reentrant: bool = False) -> PeftModel:
@@ -72,6 +77,41 @@ def test_a_gradient_inside_the_context_and_one_after_it() -> None:
         assert torch.equal(weight.grad, first)
         results.append(gradients(model))
     assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_pass_of_another_adapter_before_the_backward_pass(reentrant: bool) -> None:
+    """As the reference's in TRL's DPO."""
+    results = []
+    for recompute in (False, True):
+        model = variational(build())
+        model.add_adapter("ref", config(**POSTERIOR))
+        if recompute:
+            checkpointed(model, reentrant)
+        value = loss(model.train())
+        with torch.no_grad():
+            model.set_adapter("ref")
+            loss(model)
+            model.set_adapter("default")
+        value.backward()
+        results.append(gradients(model))
+    assert all(map(torch.equal, *results))
+
+
+def test_dpo_of_a_loaded_adapter(tmp_path: Path) -> None:
+    """With TRL's defaults, among them activation checkpoints and a reference that is a copy of the adapter."""
+    adapter = DIPNetConfig(**ADAPTER, **POSTERIOR)
+    get_peft_model(base_model(), adapter).save_pretrained(tmp_path / "adapter")
+    model = PeftModel.from_pretrained(base_model(), tmp_path / "adapter", is_trainable=True)
+    args = DPOConfig(output_dir=str(tmp_path), max_steps=2, use_cpu=True, bf16=False, report_to="none")
+    rows = Dataset.from_list([{"prompt": "ab ", "chosen": "cd", "rejected": "ef"}] * 8)
+    trainer = DPOTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer())
+    assert args.activation_checkpointing and "ref" in model.peft_config
+    trainer.train()
+    before = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    after = get_peft_model_state_dict(model)
+    assert any(not torch.equal(after[name], value) for name, value in before.items() if "covariance" in name)
 
 
 def test_several_passes_before_one_backward_pass() -> None:
