@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -41,15 +42,18 @@ def load_adapter(
     try:
         model = PeftModel.from_pretrained(base, adapter, revision=revision)
         # Once more, for what the first call has found and not returned
-        check_loaded_whole(model.load_adapter(adapter, model.active_adapter, revision=revision), adapter)
+        check_loaded_whole(model, model.load_adapter(adapter, model.active_adapter, revision=revision), adapter)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise _misfit(adapter, str(error).strip().splitlines()[-1].strip()) from error
     return model
 
 
-def check_loaded_whole(result: Any, adapter: str | Path) -> None:
+def check_loaded_whole(model: PeftModel, result: Any, adapter: str | Path) -> None:
     """
     Args:
+        model: that the adapter was loaded into.
         result: what `PeftModel.load_adapter` returned.
         adapter: whose weights it loaded.
 
@@ -61,8 +65,12 @@ def check_loaded_whole(result: Any, adapter: str | Path) -> None:
     left_out = [key for key in of_modules if ".modules_to_save." not in key]
     if left_out:
         raise _misfit(adapter, f"{left_out[0]!r} is a weight of no module of the model")
-    if result.missing_keys:
-        raise _misfit(adapter, f"{result.missing_keys[0]!r} is not among its weights")
+    missing, weights = set(result.missing_keys), model.state_dict()
+    filled = {tensor.data_ptr() for name, tensor in weights.items() if name not in missing}
+    for name in result.missing_keys:
+        # A tensor that layers share, as VB-LoRA's bank of vectors, is saved under one name
+        if name not in weights or weights[name].data_ptr() not in filled - {0}:
+            raise _misfit(adapter, f"{name!r} is not among its weights")
 
 
 def _misfit(adapter: str | Path, reason: str) -> ValueError:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, VBLoRAConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
@@ -36,8 +36,9 @@ def saved(folder: Path, config: PeftConfig, model: LlamaForCausalLM | None = Non
         LoraConfig(r=2, target_modules=["q_proj"], use_dora=True, task_type="CAUSAL_LM"),
         IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM"),
         PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+        VBLoRAConfig(target_modules=["q_proj"], r=2, num_vectors=8, vector_length=4, topk=2, task_type="CAUSAL_LM"),
     ],
-    ids=["lora", "dipnet", "head", "tokens", "dora", "ia3", "prompt"],
+    ids=["lora", "dipnet", "head", "tokens", "dora", "ia3", "prompt", "a shared bank"],
 )
 def test_what_fits(config: PeftConfig, tmp_path: Path) -> None:
     trained = saved(tmp_path, config)
@@ -82,13 +83,23 @@ def test_weights_that_are_missing(tmp_path: Path) -> None:
         load_adapter(base_model(), tmp_path)
 
 
+def test_a_lack_of_memory_is_no_misfit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> NoReturn:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    saved(tmp_path, LORA)
+    monkeypatch.setattr(PeftModel, "from_pretrained", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_adapter(base_model(), tmp_path)
+
+
 def test_a_further_adapter(tmp_path: Path) -> None:
     """As an ensemble loads its members."""
     saved(tmp_path / "deep", LORA, base_model(depth=5))
     model = saved(tmp_path / "own", LORA)
-    check_loaded_whole(model.load_adapter(tmp_path / "own", "again"), "own")
+    check_loaded_whole(model, model.load_adapter(tmp_path / "own", "again"), "own")
     with pytest.raises(ValueError, match=r"adapter='deep' does not fit"):
-        check_loaded_whole(model.load_adapter(tmp_path / "deep", "deep"), "deep")
+        check_loaded_whole(model, model.load_adapter(tmp_path / "deep", "deep"), "deep")
 
 
 def test_embeddings_grow_and_never_shrink(tmp_path: Path) -> None:

@@ -12,11 +12,13 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from peft import LoraConfig
 
 from dip_hf.adapter_files import Shapes
+from dip_hf.peft_compat import MONTECLORA_SAMPLER
 
 
 LARGEST_INT = 2**63 - 1
 """A tensor's integers have 64 bits."""
 LONGEST_PATTERN = 1000
+LARGEST_BUFFER = 150
 MOST_STEPS = 10**8
 """Bound on the ways in which a pattern can be tried on a module name of `NAME_LENGTH` characters."""
 NAME_LENGTH = 64
@@ -169,9 +171,27 @@ def check_declared(config: LoraConfig, shapes: Shapes) -> None:
     """Refuse a configuration that asks for more than its weight file holds, as far as can be told without the model.
 
     Raises:
-        ValueError: `trainable_token_indices` asks for weights that the file has not.
+        ValueError: `trainable_token_indices` or `monteclora_config` asks for weights that the file has not.
     """
-    if config.trainable_token_indices is not None and not any("trainable_tokens_" in key for key in shapes):
-        raise ValueError(
-            "trainable_token_indices: the weight file holds no trained tokens; correct it, or save the adapter again."
+    remedy = "correct it, or save or download the adapter again."
+    if (indices := config.trainable_token_indices) is not None:
+        rows = {shape[0] for key, shape in shapes.items() if "trainable_tokens_" in key and shape}
+        for tokens in indices.values() if isinstance(indices, dict) else [indices]:
+            if len(tokens) not in rows:
+                raise ValueError(
+                    f"trainable_token_indices names {len(tokens)} tokens, of which the weight file has no rows; "
+                    f"{remedy}"
+                )
+    if (samples := config.monteclora_config) is not None:
+        count, buffer = (
+            samples[name] if isinstance(samples, dict) else getattr(samples, name)
+            for name in ("num_samples", "buffer_size")
         )
+        drawn = {shape for key, shape in shapes.items() if key.endswith(f"{MONTECLORA_SAMPLER}.expert_weights")}
+        if drawn != {(count,)}:
+            raise ValueError(f"monteclora_config.num_samples={count}: the weight file has {sorted(drawn)}; {remedy}")
+        if buffer > LARGEST_BUFFER:
+            raise ValueError(
+                f"monteclora_config.buffer_size={buffer} is more than {LARGEST_BUFFER}, PEFT's default; lower it in "
+                "adapter_config.json, which changes no weight."
+            )

@@ -75,6 +75,7 @@ class NoiseSite(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = (LOG_VARIANCE,)
     other_param_names = ()
+    cast_input_dtype_enabled = True  # PEFT's `disable_input_dtype_casting` sets it; noise is added in fp32 either way
     frozen_peft_weight_names: dict[str, tuple[str, ...]]
     merged_adapters: list[str]
     hook: RemovableHandle

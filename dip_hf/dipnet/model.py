@@ -209,7 +209,11 @@ class DIPNetModel(SavedLoraModel):
         Raises:
             ValueError: `trajectories` is no whole number from 1 on, or more than 1 in a model that counts its rows
                 before the blocks or with aLoRA; or the active adapter has neither noise nor a posterior.
+            TypeError: a key is no `NoiseKey`.
         """
+        for given in (key, posterior_key or key):
+            if not isinstance(given, NoiseKey):
+                raise TypeError(f"key={given!r} must be a NoiseKey, such as NoiseKey(0).")
         if isinstance(trajectories, bool) or not isinstance(trajectories, int) or trajectories < 1:
             raise ValueError(f"trajectories={trajectories!r} must be a whole number, at least 1.")
         if trajectories > 1:
@@ -257,15 +261,14 @@ class DIPNetModel(SavedLoraModel):
         known = [self.peft_config[name] for name in adapters if name in self.peft_config]
         if known and all(config.noise_only for config in known):
             raise ValueError(
-                f"adapters={adapters} have noise and no LoRA weights to add up; activate one of them instead, or add "
-                "one with LoRA to the list."
+                f"adapters={adapters} have noise and no LoRA weights to add up; activate one of them instead."
             )
         is_new = adapter_name not in self.peft_config
         super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
         for site in self._sites():
             if is_new and adapter_name in site.lora_dip_log_variance:
                 site.leaf(adapter_name).load_state_dict(site.leaf(adapters[0]).state_dict())
-        if is_new:
+        if is_new and self.peft_config[adapter_name].variational_rank > 0:
             self.peft_config[adapter_name].variational_scale = 0.0
             for module in self.model.modules():
                 make_point(module, adapter_name)

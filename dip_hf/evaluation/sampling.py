@@ -202,7 +202,7 @@ class Ensemble(Sampler):
         for index, folder in enumerate(folders, start=1):
             self._names.append(f"member_{index}")
             result = model.load_adapter(folder, adapter_name=self._names[-1], torch_device=str(model.device))
-            check_loaded_whole(result, folder)
+            check_loaded_whole(model, result, folder)
         model.eval()
         self.num_samples = self.copies = len(self._names)
 

@@ -17,6 +17,7 @@ from peft import (
     initialize_lora_eva_weights,
     inject_adapter_in_model,
 )
+from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import BdLoraConfig
 from peft.tuners.lora.config import MontecloraConfig
 from safetensors.torch import load_file
@@ -246,3 +247,10 @@ def test_a_mask_given_by_position_counts(base: str) -> None:
             model(**inputs)
         scales.append([site.leaf("default").rms.item() for site in sites(model)])
     assert scales[0] == scales[1]
+
+
+def test_input_dtype_casting_is_switched_as_for_lora() -> None:
+    model = adapt(build()).eval()
+    with disable_input_dtype_casting(model):
+        cast = noisy(model)
+    assert torch.equal(cast, noisy(model))

@@ -84,6 +84,7 @@ def test_weighted_adapters_take_the_first_ones_noise(model: PeftModel, combinati
     model.add_adapter("other", config(noise_blocks=[0]))
     model.add_weighted_adapter(["default", "other"], [0.7, 0.3], "both", combination_type=combination)
     model.set_adapter("both")
+    assert model.peft_config["both"].variational_scale == model.peft_config["default"].variational_scale
     with model.base_model.sampling(KEY):
         assert model.base_model.noised_layers() == [2, 3]
     assert noisy(model).isfinite().all()

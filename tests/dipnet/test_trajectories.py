@@ -275,3 +275,12 @@ def test_a_number_of_trajectories_that_is_none(trajectories: Any) -> None:
         adapt(build()).base_model.sampling(KEY, trajectories),
     ):
         pass
+
+
+def test_a_key_that_is_none() -> None:
+    model = adapt(build())
+    with (
+        pytest.raises(TypeError, match=r"key=3 must be a NoiseKey, such as NoiseKey\(0\)"),
+        model.base_model.sampling(3),
+    ):
+        pass

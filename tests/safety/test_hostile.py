@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import AutoPeftModelForCausalLM, MontecloraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -72,6 +72,14 @@ def refused(folder: Path, message: str, **arguments: Any) -> None:
         ({"modules_to_save": ["lm_head"]}, "modules_to_save: the weight file holds nothing of 'lm_head'"),
         ({"arrow_config": {}}, "adapter_config.json cannot be applied to LlamaForCausalLM"),
         ({"monteclora_config": {"unknown": 1}}, "unexpected keyword argument 'unknown'; correct the field"),
+        (
+            {"monteclora_config": {"num_samples": 10**9}},
+            r"num_samples=1000000000: the weight file has \[\]; correct it",
+        ),
+        (
+            {"trainable_token_indices": [1] * 9},
+            "trainable_token_indices names 9 tokens, of which the weight file has no",
+        ),
         ({"variational_rank": 10**9}, "lora_dip_covariance.weight is declared with shape None"),
     ],
     ids=str,
@@ -79,6 +87,34 @@ def refused(folder: Path, message: str, **arguments: Any) -> None:
 def test_configurations(folder: Path, values: dict[str, Any], message: str) -> None:
     change(folder, **values)
     refused(folder, message)
+
+
+@pytest.mark.parametrize(
+    ("option", "good", "bad", "message"),
+    [
+        ("trainable_token_indices", [1, 2], [1] * 9, "names 9 tokens, of which"),
+        ("trainable_token_indices", {"embed_tokens": [1, 2]}, {"embed_tokens": [1] * 9}, "names 9 tokens, of which"),
+        (
+            "monteclora_config",
+            {"num_samples": 3},
+            {"num_samples": 10**9},
+            r"num_samples=1000000000: .* has \[\(3,\)\]",
+        ),
+        (
+            "monteclora_config",
+            {"num_samples": 3},
+            {"num_samples": 3, "buffer_size": 151},
+            "buffer_size=151 is more than",
+        ),
+    ],
+)
+def test_more_than_the_weights(tmp_path: Path, option: str, good: Any, bad: Any, message: str) -> None:
+    given = MontecloraConfig(**good) if option == "monteclora_config" else good
+    config = DIPNetConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **{option: given})
+    get_peft_model(fresh_base(), config).save_pretrained(tmp_path)
+    PeftModel.from_pretrained(fresh_base(), tmp_path)
+    change(tmp_path, **{option: bad})
+    refused(tmp_path, message)
 
 
 def test_patterns_in_use_pass() -> None:
