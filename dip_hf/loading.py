@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 
@@ -65,12 +66,13 @@ def check_loaded_whole(model: PeftModel, result: Any, adapter: str | Path) -> No
     left_out = [key for key in of_modules if ".modules_to_save." not in key]
     if left_out:
         raise _misfit(adapter, f"{left_out[0]!r} is a weight of no module of the model")
-    missing, weights = set(result.missing_keys), model.state_dict()
-    filled = {tensor.data_ptr() for name, tensor in weights.items() if name not in missing}
-    for name in result.missing_keys:
+    if result.missing_keys:
+        weights = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
         # A tensor that layers share, as VB-LoRA's bank of vectors, is saved under one name
-        if name not in weights or weights[name].data_ptr() not in filled - {0}:
-            raise _misfit(adapter, f"{name!r} is not among its weights")
+        filled = {value.data_ptr() for name, value in weights.items() if name not in set(result.missing_keys)} - {0}
+        for name in result.missing_keys:
+            if name not in weights or weights[name].data_ptr() not in filled:
+                raise _misfit(adapter, f"{name!r} is not among its weights")
 
 
 def _misfit(adapter: str | Path, reason: str) -> ValueError:

@@ -166,9 +166,10 @@ def main(argv: list[str] | None = None) -> int:
                 raise ValueError(f"--arms: {name!r} is no arm of {arguments.study}{close_to(name, names)}")
         check_fields(study)
         finished = read_lines(ARCHIVE / f"{study.name}.jsonl")
-        Path(study.output_dir).mkdir(parents=True, exist_ok=True)
     except ValueError as error:
         sys.exit(f"studies.run: {error}")
+    try:
+        Path(study.output_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         sys.exit(f"studies.run: output_dir={study.output_dir!r}: {error}; name a folder that can be made")
     try:

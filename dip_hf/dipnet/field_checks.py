@@ -18,7 +18,6 @@ from dip_hf.peft_compat import MONTECLORA_SAMPLER
 LARGEST_INT = 2**63 - 1
 """A tensor's integers have 64 bits."""
 LONGEST_PATTERN = 1000
-LARGEST_BUFFER = 150
 MOST_STEPS = 10**8
 """Bound on the ways in which a pattern can be tried on a module name of `NAME_LENGTH` characters."""
 NAME_LENGTH = 64
@@ -183,15 +182,8 @@ def check_declared(config: LoraConfig, shapes: Shapes) -> None:
                     f"{remedy}"
                 )
     if (samples := config.monteclora_config) is not None:
-        count, buffer = (
-            samples[name] if isinstance(samples, dict) else getattr(samples, name)
-            for name in ("num_samples", "buffer_size")
-        )
         drawn = {shape for key, shape in shapes.items() if key.endswith(f"{MONTECLORA_SAMPLER}.expert_weights")}
-        if drawn != {(count,)}:
-            raise ValueError(f"monteclora_config.num_samples={count}: the weight file has {sorted(drawn)}; {remedy}")
-        if buffer > LARGEST_BUFFER:
+        if drawn != {(samples.num_samples,)}:
             raise ValueError(
-                f"monteclora_config.buffer_size={buffer} is more than {LARGEST_BUFFER}, PEFT's default; lower it in "
-                "adapter_config.json, which changes no weight."
+                f"monteclora_config.num_samples={samples.num_samples}: the weight file has {sorted(drawn)}; {remedy}"
             )

@@ -224,6 +224,9 @@ class DIPNetModel(SavedLoraModel):
                     "is for the rows of the batch, not for their copies; sample one trajectory at a time."
                 )
         sampling = Sampling(key.tensor(), (posterior_key or key).tensor(), trajectories, averaged, everywhere)
+        if any(self.peft_config[name].variational_rank for name in self.active_adapters):
+            for leaf in all_active_covariances(self.model):
+                leaf.drawn = (sampling.posterior_key, trajectories)
         with self.noise_state.passes_under(sampling):
             layers = random_layers(self.model)
             first = next(layers, None)

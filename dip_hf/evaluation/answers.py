@@ -29,7 +29,8 @@ _CLAUSE = _value_up_to(r",\s")
 _COMPUTATION = _value_up_to(rf",\s(?!{_COMPUTED})")
 # A value that opens the clause, perhaps behind a bracket of its own, or in bold
 _FIRST = re.compile(rf"\s*(?:[^\w\s]+\s+)?[*_`]*({_FORMULA}|\S*?\d\S*?)[*_`]*(?:\s|$)")
-_OPERATOR = re.compile(r"\d\s*[*+×÷^]\s*[\d$(]|\d\s+[-/x]\s|\d\s+\d")
+_OPERATOR = re.compile(r"\d\s*[*+×÷^]\s*[\d$(]|\d(?:\s+[-−–/x]\s*|[-−–/x]\s+)[\d$(]|\d\s+\d")
+_BRACKETS = (("{", "}"), ("(", ")"), ("[", "]"))
 _WORD = re.compile(r"[^\W\d_]{2,}")
 
 
@@ -66,5 +67,8 @@ def _value(line: str) -> str:
         return line
     if "=" in clause[0]:
         return (_COMPUTATION.match(line) or clause)[0]
-    first = _FIRST.match(clause[0])
-    return clause[0] if first is None or _OPERATOR.search(clause[0]) else first[1]
+    match = _FIRST.match(clause[0])
+    first = match[1] if match else ""
+    is_whole = all(first.count(left) == first.count(right) for left, right in _BRACKETS)
+    # A formula of letters says what the value is of: "$x$ equal to 18"
+    return first if is_whole and re.search(r"\d", first) and not _OPERATOR.search(clause[0]) else clause[0]

@@ -40,6 +40,7 @@ _FIRST_FILES = frozenset({".gitattributes"})
 _WEIGHTS = re.compile(
     r"(?:adapter_model|model|pytorch_model)(?:-\d+-of-\d+)?\.(?:safetensors|bin)(?:\.index\.json)?|training_args\.bin"
 )
+_CONFIGS = (CONFIG_NAME, "config.json", "generation_config.json")
 
 # A page that is no JSON comes from something before the Hub, such as a proxy
 _FAILURES = (HfHubHTTPError, TransportError, OfflineModeIsEnabled, json.JSONDecodeError, RuntimeError)
@@ -285,11 +286,10 @@ def _line(error: Exception) -> str:
 def _is_of_a_run(name: str) -> bool:
     """Whether a file is weights, or says what is true of other weights than those that are now pushed."""
     folder, _, file = name.rpartition("/")
-    if folder in (EVALUATION_FOLDER, BENCHMARK_FOLDER) or name in (TRAINING_NAME, ENVIRONMENT_NAME):
+    if name.startswith((f"{EVALUATION_FOLDER}/", f"{BENCHMARK_FOLDER}/")) or name in (TRAINING_NAME, ENVIRONMENT_NAME):
         return True
-    if folder in ("", LORA_FOLDER) and file == CONFIG_NAME:
-        return True
-    return folder in ("", LORA_FOLDER, MERGED_FOLDER) and _WEIGHTS.fullmatch(file) is not None
+    is_own = file in _CONFIGS or _WEIGHTS.fullmatch(file) is not None
+    return is_own and folder in ("", LORA_FOLDER, MERGED_FOLDER)
 
 
 def _object_ids(path: Path) -> set[str]:

@@ -99,12 +99,13 @@ class Covariance(nn.Module):
     def _sample(self, number: int) -> tuple[Tensor, int]:
         """Key and m of the sample in this pass, or in the one that a backward pass recomputes.
 
-        Kept here, since a `sampling` context may have closed by then, and another adapter, as DPO's reference, may
-        have drawn.
+        Kept here, for another adapter, as DPO's reference, may have drawn since; by `DIPNetModel.sampling` where such
+        a context is open, since compiled code in a checkpoint may change nothing.
         """
-        if self.state.sampling is None and recomputing() and self.drawn is not None:
-            return self.drawn
-        self.drawn = self.state.posterior_sample(number, self.seed)
+        if self.state.sampling is not None:
+            return self.state.posterior_sample(number, self.seed)
+        if not recomputing() or self.drawn is None:
+            self.drawn = self.state.posterior_sample(number, self.seed)
         return self.drawn
 
     def forward(self, x: Tensor, mean: Tensor, position: int) -> Tensor:

@@ -125,7 +125,7 @@ class AdapterArguments(ModelConfig):
             self.lora_target_modules = [self.lora_target_modules]
         for option in fields(self):  # of a file's values the parser does not ask whether they are among the choices
             choices, value = option.metadata.get("choices"), getattr(self, option.name)
-            if choices and value not in choices:
+            if choices and value not in choices and not (value is None and "None" in str(option.type)):
                 raise ValueError(_bad_choice(option.name, value, choices))
         if self.use_peft and self.adapter == "none":
             raise ValueError("use_peft=True contradicts adapter='none': remove use_peft, or choose adapter 'lora'")

@@ -53,7 +53,7 @@ def describe_run(
             and weights that are missing from a model's folder excepted; or a model of unknown shape.
     """
     base = str(adapter.model_name_or_path)
-    if not Path(base, "config.json").is_file() or model_weights(base):
+    if not Path(base, "config.json").is_file() or any(path.is_file() for path in model_weights(base)):
         check_base("model_name_or_path", base)
     check_run(data, training, adapter)
     if training.push_to_hub:

@@ -264,8 +264,8 @@ class DIPSFTTrainer(CheckedTrainer):
     def _log_terms(self, terms: list[Term], values: dict[str, float]) -> None:
         """Check every term, then note it raw and weighted, and further values as they are, for the next log line.
 
-        That takes the mean of what is noted, one value a step, so that the terms add up to the loss where steps have
-        different numbers of micro-batches.
+        That takes the mean of what is noted, one value a step, so that the terms add up to the loss where a dataset's
+        steps have different numbers of micro-batches.
         """
         # Not `gather_for_metrics`, which takes the terms for examples and cuts them to the size of a short last batch.
         here = torch.stack([term.value.detach().float().to(terms[0].value.device) for term in terms])

@@ -63,3 +63,15 @@ def test_gradients_through_aot_autograd(model: PeftModel) -> None:
     expected, theirs = step(model, model, NoiseKey(1), 2)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(gradients, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_whole_blocks_in_checkpoints(model: PeftModel) -> None:
+    """As `torch_compile` with activation checkpoints has them: a block changes nothing outside, and is one graph."""
+    expected, theirs = step(model, model, NoiseKey(1), 1)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    for block in model.get_base_model().model.layers:
+        block.compile(backend="eager", fullgraph=True)
+    found, gradients = step(model, model, NoiseKey(1), 1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradients, theirs, rtol=1e-3, atol=1e-5)

@@ -281,6 +281,8 @@ def test_a_damaged_model_is_refused_and_one_without_weights_described(tmp_path: 
     with pytest.raises(ValueError, match=r"model_name_or_path: .*model\.safetensors is missing, truncated or damaged"):
         describe(*argv)
     weights.unlink()
+    shards = {"metadata": {}, "weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(shards))
     assert "weights missing: no *.safetensors there" in describe(*argv)
     (tmp_path / "model" / "config.json").unlink()
     with pytest.raises(ValueError, match=r"model_name_or_path=.* holds neither an adapter .* nor a model"):

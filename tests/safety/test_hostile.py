@@ -100,12 +100,6 @@ def test_configurations(folder: Path, values: dict[str, Any], message: str) -> N
             {"num_samples": 10**9},
             r"num_samples=1000000000: .* has \[\(3,\)\]",
         ),
-        (
-            "monteclora_config",
-            {"num_samples": 3},
-            {"num_samples": 3, "buffer_size": 151},
-            "buffer_size=151 is more than",
-        ),
     ],
 )
 def test_more_than_the_weights(tmp_path: Path, option: str, good: Any, bad: Any, message: str) -> None:
@@ -115,6 +109,16 @@ def test_more_than_the_weights(tmp_path: Path, option: str, good: Any, bad: Any,
     PeftModel.from_pretrained(fresh_base(), tmp_path)
     change(tmp_path, **{option: bad})
     refused(tmp_path, message)
+
+
+def test_a_buffer_that_the_weights_do_not_bound(tmp_path: Path) -> None:
+    """MonteCLoRA draws that many samples at once, in memory of its own."""
+    samples = MontecloraConfig(num_samples=3)
+    config = DIPNetConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", monteclora_config=samples)
+    get_peft_model(fresh_base(), config).save_pretrained(tmp_path)
+    change(tmp_path, monteclora_config={"num_samples": 3, "buffer_size": 10**9})
+    model = PeftModel.from_pretrained(fresh_base(), tmp_path)
+    assert model.peft_config["default"].monteclora_config.buffer_size == 150
 
 
 def test_patterns_in_use_pass() -> None:

@@ -12,7 +12,7 @@ from pyarrow.compute import list_value_length
 from pyarrow.types import is_large_list, is_list
 from torch import Tensor
 from transformers import Trainer
-from trl import SFTConfig, is_conversational
+from trl import SFTConfig, is_conversational, is_conversational_from_value
 
 
 _COLUMNS = ("prompt", "completion", "messages", "input_ids", "labels", "completion_mask", "assistant_masks")
@@ -46,7 +46,8 @@ def check_dataset(name: str, dataset: object, args: SFTConfig) -> None:
         return
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty; give at least one example.")
-    _check_values(name, dataset, [*_texts(dataset, args), *_COLUMNS])
+    _check_values(name, dataset, _COLUMNS)  # first, for an empty conversation is none to ask
+    _check_values(name, dataset, _texts(dataset, args))
     completion_only = args.completion_only_loss
     if completion_only is None:
         completion_only = {"prompt", "completion"} <= set(dataset.column_names)
@@ -110,7 +111,8 @@ def check_columns(name: str, dataset: object, args: SFTConfig) -> None:
 
 def _texts(dataset: Dataset, args: SFTConfig) -> list[str]:
     """The column of plain texts, which TRL does not read where there are conversations."""
-    return [] if is_conversational(dataset.with_format(None)[0]) else [args.dataset_text_field]
+    row = dataset.with_format(None)[0]
+    return [] if is_conversational(row) or is_conversational_from_value(row) else [args.dataset_text_field]
 
 
 def _check_values(name: str, dataset: Dataset, columns: Sequence[str]) -> None:
@@ -239,19 +241,20 @@ def check_streamed(batches: Sequence[Mapping[str, Any]]) -> None:
     """A stream's rows are seen when it is their turn.
 
     Args:
-        batches: of one optimiser step, not packed, for a piece that packing cut off may have no label; rows without
-            padding are one row.
+        batches: of one optimiser step; a row that is packed, or without padding, is one row with its neighbours.
 
     Raises:
-        ValueError: a row of more than one token trains none.
+        ValueError: a row trains no token, and is or has more than one.
     """
     for batch in batches:
-        labels, mask = batch.get("labels"), batch.get("attention_mask")
+        labels, mask, positions = (batch.get(name) for name in ("labels", "attention_mask", "position_ids"))
         if not isinstance(labels, Tensor) or labels.dim() != 2:
             continue
         idle = ~(labels[:, 1:] != -100).any(1)
         if isinstance(mask, Tensor) and mask.shape == labels.shape:
             idle &= mask.sum(1) > 1  # a lone token, such as an empty text's, has nothing to predict
+        elif isinstance(positions, Tensor) and positions.shape == labels.shape:
+            idle &= (positions > 0).any(1)
         if idle.any():
             raise ValueError(
                 "train_dataset: a row of the stream has no label but perhaps on its first token, which nothing "

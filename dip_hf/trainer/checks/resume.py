@@ -85,8 +85,10 @@ def _changes(own: PeftConfig, content: Mapping[str, Any], folder: Path) -> Itera
 
 
 def _unordered(value: Any) -> Any:
-    """A list of names, which PEFT writes in no order, as a sorted one; an empty one as None."""
-    return (sorted(value) or None) if isinstance(value, list | set | tuple) else value
+    """A list of names, which PEFT writes in no order, as a sorted one, of numbers as it is; an empty one as None."""
+    if not isinstance(value, list | set | tuple):
+        return value
+    return (list(value) if all(isinstance(item, int) for item in value) else sorted(value)) or None
 
 
 def _options(own: DIPNetConfig, saved: DIPNetConfig) -> list[str]:

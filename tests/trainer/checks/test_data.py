@@ -170,6 +170,8 @@ def test_conversations_without_a_message(column: str, tmp_path: Path) -> None:
     make_trainer(tmp_path, None, data=Dataset.from_list([row]))
     with pytest.raises(ValueError, match=rf"train_dataset row 1: '{column}' has no message; drop the row"):
         make_trainer(tmp_path, None, data=Dataset.from_list([row, {**row, column: []}]))
+    with pytest.raises(ValueError, match=rf"train_dataset row 0: '{column}' has no message; drop the row"):
+        make_trainer(tmp_path, None, data=Dataset.from_list([{**row, column: []}, row]))
 
 
 def test_labels_cut_off_rows_of_evaluation(tmp_path: Path) -> None:
@@ -250,8 +252,9 @@ def test_a_row_of_a_stream(tmp_path: Path) -> None:
         ([{"prompt": "abc def ghi jkl mno pqr" * 2, "completion": " ok"}], {"packing": True, "max_length": 16}),
         ([{"text": "abcde"}] * 3 + [{"text": "abcdef"}], {"packing": True, "max_length": 8}),
         ([{"text": "abc def"}, {"text": ""}], {}),
+        ([{"text": "abc def"}, {"text": ""}], {"padding_free": True, "per_device_train_batch_size": 1}),
     ],
-    ids=["a piece of a prompt", "a piece of one token", "an empty text"],
+    ids=["a piece of a prompt", "a piece of one token", "an empty text", "an empty text without padding"],
 )
 def test_rows_of_a_stream_that_pass_in_a_dataset(
     rows: list[dict[str, Any]], options: dict[str, Any], tmp_path: Path
@@ -266,10 +269,22 @@ def test_rows_of_a_stream_that_pass_in_a_dataset(
     assert len(logged[0]) == len(logged[1]) == 2
 
 
+def test_a_packed_stream_that_trains_nothing(tmp_path: Path) -> None:
+    """Packing that cuts rows off, as its default does, loses their labels."""
+    rows = stream([{"prompt": "abcdefgh", "completion": "i"}] * 8)
+    trainer = make_trainer(tmp_path, None, {"max_length": 4, "packing": True, "max_steps": 1}, data=rows)
+    with pytest.raises(
+        ValueError, match=r"train_dataset: (a row of the stream has no label|the stream gave no batch)"
+    ):
+        trainer.train()
+
+
 def test_a_column_of_texts_beside_conversations_is_not_read(tmp_path: Path) -> None:
     turns = {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}
     for text in (None, ["c"]):
         make_trainer(tmp_path, None, {"max_steps": 1}, data=Dataset.from_list([{**turns, "text": text}] * 4)).train()
+    chat = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    make_trainer(tmp_path, None, data=Dataset.from_list([{"conversations": chat, "text": None}] * 4))
     with pytest.raises(ValueError, match="train_dataset row 0: 'text' is null"):
         make_trainer(tmp_path, None, data=Dataset.from_list([{"prompt": "a", "completion": "b", "text": None}]))
 

@@ -45,6 +45,7 @@ ONE = {"target_modules": ["q_proj"]}
         ({**ONE, "layers_to_transform": [0]}, {**ONE, "layers_to_transform": [1]}, r"layers_to_transform=\[1\], but"),
         ({}, {"exclude_modules": ["q_proj"]}, r"exclude_modules=\['q_proj'\], but .* has None;"),
         ({}, {"trainable_token_indices": [3, 4]}, r"trainable_token_indices=\[3, 4\], but .* has None;"),
+        ({"trainable_token_indices": [3, 4]}, {"trainable_token_indices": [4, 3]}, r"=\[4, 3\], but .* has \[3, 4\];"),
         ({}, {"init_lora_weights": "pissa"}, r"init_lora_weights='pissa', but .* has False;"),
         ({"use_rslora": True}, {}, r"use_rslora=False, but .* has True;"),
     ],
