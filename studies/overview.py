@@ -44,6 +44,12 @@ def overview_section(studies: Sequence[Results]) -> str:
         "where a verdict is given. A column is a study with its examples per family. An arm's setting may be another "
         "one in another study; arms that one study alone has are in its section."
     )
+    bases: dict[str, list[str]] = {}
+    for results in studies:
+        if any(name == results.study.name for _, name, _ in found):
+            bases.setdefault(results.study.model, []).append(results.study.name)
+    if len(bases) > 1:
+        text += " Bases: " + "; ".join(f"`{base}` of {', '.join(names)}" for base, names in bases.items()) + "."
     tables = [_table(title, measure, columns, shared) for measure, title in _MEASURES.items()]
     return "\n\n".join(["## All studies", text, *tables])
 

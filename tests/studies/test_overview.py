@@ -61,6 +61,13 @@ def test_rows_are_the_arms_of_two_columns(tmp_path: Path) -> None:
     assert overview_section([one, three]) == ""
 
 
+def test_other_bases_are_named(tmp_path: Path) -> None:
+    one, two, three = (_results(tmp_path, name, {"lora": 0.5, "good": 0.8}) for name in ("one", "two", "three"))
+    assert "Bases:" not in overview_section([one, two])
+    other = replace(three, study=replace(three.study, model="a/larger"))
+    assert f" Bases: `{one.study.model}` of one, two; `a/larger` of three.\n" in overview_section([one, two, other])
+
+
 def test_what_does_not_count(tmp_path: Path) -> None:
     """Studies of settings, studies without LoRA of its own choice, and too few seeds."""
     good = {"lora": 0.5, "good": 0.8}
