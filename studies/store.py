@@ -127,7 +127,7 @@ class Store:
 
     def clear_parts(self) -> None:
         """Remove the files that killed processes left half-written; begun training runs stay, to be gone on with."""
-        for path in (*self.folder.glob("*.part"), *self.folder.glob("*/*.part"), *self.folder.glob("*/*/*.part")):
+        for path in list(self.folder.rglob("*.part")):
             if path.is_file():
                 path.unlink()
 

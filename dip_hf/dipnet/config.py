@@ -27,9 +27,6 @@ from dip_hf.dipnet.field_checks import check_declared, check_fields
 from dip_hf.peft_compat import DUMMY_TARGET_MODULES, DIPPeftType, requested_variants
 
 
-LARGEST_BUFFER = 150
-"""Samples that MonteCLoRA draws at a time in an adapter from a file: PEFT's default."""
-
 ADAPTER_FORMAT = 2
 """Version of the adapter's files; a reader refuses a newer one. Adapters without a posterior are written as 1."""
 
@@ -234,6 +231,6 @@ class DIPNetConfig(LoraConfig):
         if (folder / WEIGHTS_NAME).is_file() and not kwargs.get("ignore_mismatched_sizes"):
             config._weight_shapes = declared_shapes(folder)
             check_declared(config, config._weight_shapes)
-        if config.monteclora_config is not None:  # how many samples are drawn at a time changes none of them
-            config.monteclora_config.buffer_size = min(config.monteclora_config.buffer_size, LARGEST_BUFFER)
+        if (samples := config.monteclora_config) is not None:  # how many are drawn at a time changes none of them
+            samples.buffer_size = min(samples.buffer_size, type(samples).buffer_size)  # PEFT's default
         return config

@@ -14,7 +14,7 @@ from dip_hf.dipnet.layer import SITE_NAME, NoiseSite, random_layers
 from dip_hf.dipnet.placement import add_posteriors, check_targets
 from dip_hf.dipnet.saving import SavedLoraModel
 from dip_hf.dipnet.trajectories import check_model, fold_trajectories
-from dip_hf.ibvi.layer import Covariance, all_active_covariances, forget_posterior, make_point
+from dip_hf.ibvi.layer import Covariance, all_active_covariances, forget_posterior, make_point, note_sample
 from dip_hf.noise import NoiseKey
 from dip_hf.noise_state import NoiseState, Sampling, given_mask
 from dip_hf.peft_compat import BaseTunerLayer, LoraLayer, convert_targets
@@ -225,8 +225,7 @@ class DIPNetModel(SavedLoraModel):
                 )
         sampling = Sampling(key.tensor(), (posterior_key or key).tensor(), trajectories, averaged, everywhere)
         if any(self.peft_config[name].variational_rank for name in self.active_adapters):
-            for leaf in all_active_covariances(self.model):
-                leaf.drawn = (sampling.posterior_key, trajectories)
+            note_sample(self.model, sampling.posterior_key, trajectories)
         with self.noise_state.passes_under(sampling):
             layers = random_layers(self.model)
             first = next(layers, None)

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from dip_hf.hub.record import scrub
 from dip_hf.hub.results import Results
 from dip_hf.hub.run import MODEL, FinishedRun
+from dip_hf.hub.settings import is_repo_id
 
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -115,15 +115,6 @@ def _template() -> Template:
     )
     environment.filters.update(code=code, prose=prose)
     return environment.get_template("card.md.jinja")
-
-
-def is_repo_id(name: str) -> bool:
-    """Whether the Hub could have a repository of this name."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
 
 
 def _is_on_hub(dataset: str) -> bool:

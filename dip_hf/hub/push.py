@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import tempfile
 import time
 import warnings
@@ -20,11 +19,8 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
-from dip_hf.adapter_files import CONFIG_NAME
-from dip_hf.hub.record import ENVIRONMENT_NAME, TRAINING_NAME
-from dip_hf.hub.results import BENCHMARK_FOLDER, EVALUATION_FOLDER
 from dip_hf.hub.settings import PushSettings
-from dip_hf.hub.stage import LORA_FOLDER, MERGED_FOLDER, Staging, stage
+from dip_hf.hub.stage import Staging, is_of_a_run, stage
 
 
 RECORD_NAME = ".dip_hf_push.json"
@@ -37,10 +33,6 @@ _TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
 _MOVED = frozenset({409, 412})
 _FIRST_FILES = frozenset({".gitattributes"})
 """What the Hub puts into a new repository."""
-_WEIGHTS = re.compile(
-    r"(?:adapter_model|model|pytorch_model)(?:-\d+-of-\d+)?\.(?:safetensors|bin)(?:\.index\.json)?|training_args\.bin"
-)
-_CONFIGS = (CONFIG_NAME, "config.json", "generation_config.json")
 
 # A page that is no JSON comes from something before the Hub, such as a proxy
 _FAILURES = (HfHubHTTPError, TransportError, OfflineModeIsEnabled, json.JSONDecodeError, RuntimeError)
@@ -171,7 +163,7 @@ class _Push:
 
     def _commit(self, staging: Staging, head: str, present: set[str]) -> CommitInfo:
         additions = {name: staging.files[name] for name in sorted(staging.files)}
-        stale = sorted(name for name in present - additions.keys() if _is_of_a_run(name))
+        stale = sorted(name for name in present - additions.keys() if is_of_a_run(name))
         message = self.settings.commit_message or f"Push a run with dip_hf {version('dip_hf')}"
 
         def landed() -> CommitInfo | None:
@@ -281,15 +273,6 @@ def _advice(error: HfHubHTTPError) -> str:
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split()).rstrip(".")
-
-
-def _is_of_a_run(name: str) -> bool:
-    """Whether a file is weights, or says what is true of other weights than those that are now pushed."""
-    folder, _, file = name.rpartition("/")
-    if name.startswith((f"{EVALUATION_FOLDER}/", f"{BENCHMARK_FOLDER}/")) or name in (TRAINING_NAME, ENVIRONMENT_NAME):
-        return True
-    is_own = file in _CONFIGS or _WEIGHTS.fullmatch(file) is not None
-    return is_own and folder in ("", LORA_FOLDER, MERGED_FOLDER)
 
 
 def _object_ids(path: Path) -> set[str]:

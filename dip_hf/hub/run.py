@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from dip_hf.adapter_files import CONFIG_NAME, WEIGHTS_NAME, check_adapter_folder, check_inside, read_config
 from dip_hf.hub.record import ENVIRONMENT_NAME, TRAINING_NAME
-from dip_hf.hub.settings import check_repo_id
+from dip_hf.hub.settings import check_repo_id, is_repo_id
 from dip_hf.model_files import check_model_folder
 from dip_hf.peft_compat import DUMMY_TARGET_MODULES, is_own
 
@@ -129,11 +129,7 @@ def local_base(base: str, folder: Path) -> Path | None:
 
 def _is_on_hub(base: str, folder: Path) -> bool:
     """Whether a base is a name on the Hub, and no folder that is seen from here or from above the run."""
-    try:
-        check_repo_id("base_model", base)
-    except ValueError:
-        return False
-    return not Path(base).exists() and local_base(base, folder) is None
+    return is_repo_id(base) and not Path(base).exists() and local_base(base, folder) is None
 
 
 def _check_public(base: str, folder: Path, was_local: bool) -> None:

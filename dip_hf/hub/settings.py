@@ -71,6 +71,15 @@ class PushSettings:
                 check_repo_id(name, value)
 
 
+def is_repo_id(name: str) -> bool:
+    """Whether the Hub could have a repository of this name."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
 def check_repo_id(name: str, value: str) -> None:
     """Refuse what is no repository name.
 

@@ -33,6 +33,10 @@ from dip_hf.peft_compat import LoraLayer
 
 LORA_FOLDER = "lora"
 MERGED_FOLDER = "merged"
+_WEIGHTS = re.compile(
+    r"(?:adapter_model|model|pytorch_model)(?:-\d+-of-\d+)?\.(?:safetensors|bin)(?:\.index\.json)?|training_args\.bin"
+)
+_CONFIGS = (CONFIG_NAME, "config.json", "generation_config.json")
 
 # What tokenizers and processors save; anything else in a run's folder stays there
 _TOKENIZER_FILES = (
@@ -208,3 +212,12 @@ def _refuse_tokens(staging: Staging) -> None:
     for name, path in staging.files.items():
         if path.suffix in _TEXT_SUFFIXES and _ACCESS_TOKEN.search(path.read_bytes()):
             raise ValueError(f"{name} holds what looks like an access token of the Hub; remove it from {path}")
+
+
+def is_of_a_run(name: str) -> bool:
+    """Whether a file is weights, or says what is true of other weights than those that are now pushed."""
+    folder, _, file = name.rpartition("/")
+    if name.startswith((f"{EVALUATION_FOLDER}/", f"{BENCHMARK_FOLDER}/")) or name in (TRAINING_NAME, ENVIRONMENT_NAME):
+        return True
+    is_own = file in _CONFIGS or _WEIGHTS.fullmatch(file) is not None
+    return is_own and folder in ("", LORA_FOLDER, MERGED_FOLDER)

@@ -99,8 +99,8 @@ class Covariance(nn.Module):
     def _sample(self, number: int) -> tuple[Tensor, int]:
         """Key and m of the sample in this pass, or in the one that a backward pass recomputes.
 
-        Kept here, for another adapter, as DPO's reference, may have drawn since; by `DIPNetModel.sampling` where such
-        a context is open, since compiled code in a checkpoint may change nothing.
+        Kept here, for another adapter, as DPO's reference, may have drawn since; by `note_sample` where a
+        `sampling` context is open, since compiled code in a checkpoint may change nothing.
         """
         if self.state.sampling is not None:
             return self.state.posterior_sample(number, self.seed)
@@ -231,3 +231,18 @@ def all_active_covariances(model: nn.Module) -> list[Covariance]:
     """Those of all LoRA layers of a model."""
     layers = (module for module in model.modules() if isinstance(module, LoraLayer))
     return [leaf for layer in layers for leaf in active_covariances(layer)]
+
+
+def note_sample(model: nn.Module, key: Tensor, trajectories: int) -> None:
+    """Tell the active posteriors the sample of a `sampling` context, for a backward pass that recomputes after it.
+
+    Nothing is to be told where no gradient is asked for, as token by token where text is generated.
+
+    Args:
+        model: with the LoRA layers.
+        key: `NoiseKey.tensor()` of the posteriors.
+        trajectories: m.
+    """
+    if torch.is_grad_enabled():
+        for leaf in all_active_covariances(model):
+            leaf.drawn = (key, trajectories)

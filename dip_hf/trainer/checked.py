@@ -17,10 +17,9 @@ from dip_hf.trainer.checks.data import (
     check_dataset,
     check_prepared,
     check_rows_left,
-    check_steps_made,
-    check_streamed,
 )
 from dip_hf.trainer.checks.resume import check_resumed
+from dip_hf.trainer.checks.streams import check_steps_made, check_streamed
 from dip_hf.trainer.config import DIPSFTConfig
 from dip_hf.trainer.gradients import FiniteGradients, check_finite_weights
 from dip_hf.trainer.publishing import PublishingTrainer

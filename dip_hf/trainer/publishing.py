@@ -11,9 +11,10 @@ from peft import PeftConfig, PeftModel
 from trl import SFTTrainer
 
 from dip_hf.hub import PushSettings, push
-from dip_hf.hub.card import is_repo_id, render_card
+from dip_hf.hub.card import render_card
 from dip_hf.hub.record import scrub, training_config, write_record
 from dip_hf.hub.run import MODEL, FinishedRun, local_base
+from dip_hf.hub.settings import is_repo_id
 from dip_hf.trainer.config import DIPSFTConfig
 
 

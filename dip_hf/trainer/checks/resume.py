@@ -79,12 +79,12 @@ def _changes(own: PeftConfig, content: Mapping[str, Any], folder: Path) -> Itera
                 yield option, getattr(own, option), getattr(saved, option)
     if isinstance(own, LoraConfig):
         for option in _OF_LORA:
-            value, saved_value = (_unordered(found) for found in (getattr(own, option), content.get(option)))
+            value, saved_value = (_comparable(found) for found in (getattr(own, option), content.get(option)))
             if option in content and value != saved_value:
                 yield option, value, saved_value
 
 
-def _unordered(value: Any) -> Any:
+def _comparable(value: Any) -> Any:
     """A list of names, which PEFT writes in no order, as a sorted one, of numbers as it is; an empty one as None."""
     if not isinstance(value, list | set | tuple):
         return value

@@ -228,57 +228,6 @@ def test_columns_that_are_no_text(rows: list[dict[str, Any]], message: str, tmp_
         make_trainer(tmp_path, None, data=Dataset.from_list(rows))
 
 
-def stream(rows: list[dict[str, Any]]) -> IterableDataset:
-    def generate() -> Iterator[dict[str, Any]]:
-        yield from rows
-
-    return IterableDataset.from_generator(generate)
-
-
-def test_a_row_of_a_stream(tmp_path: Path) -> None:
-    rows = [GOOD] * 9 + [{"input_ids": [3, 4], "labels": [3, -100]}]
-    trainer = make_trainer(tmp_path, DIPNetConfig(**ADAPTER), {"max_steps": 2}, data=stream(rows))
-    with pytest.raises(ValueError, match=r"train_dataset: a row of the stream has no label .*; filter such rows out"):
-        trainer.train()
-    assert trainer.state.global_step == 1
-    trainer = make_trainer(tmp_path, DIPNetConfig(**ADAPTER), {"max_steps": 2}, data=stream([GOOD] * 16))
-    trainer.train()
-    assert trainer.state.global_step == 2
-
-
-@pytest.mark.parametrize(
-    ("rows", "options"),
-    [
-        ([{"prompt": "abc def ghi jkl mno pqr" * 2, "completion": " ok"}], {"packing": True, "max_length": 16}),
-        ([{"text": "abcde"}] * 3 + [{"text": "abcdef"}], {"packing": True, "max_length": 8}),
-        ([{"text": "abc def"}, {"text": ""}], {}),
-        ([{"text": "abc def"}, {"text": ""}], {"padding_free": True, "per_device_train_batch_size": 1}),
-    ],
-    ids=["a piece of a prompt", "a piece of one token", "an empty text", "an empty text without padding"],
-)
-def test_rows_of_a_stream_that_pass_in_a_dataset(
-    rows: list[dict[str, Any]], options: dict[str, Any], tmp_path: Path
-) -> None:
-    options = {"packing_strategy": "wrapped", "max_steps": 2, "per_device_train_batch_size": 2, **options}
-    data = Dataset.from_list(rows * 8)
-    logged = [
-        losses(run)
-        for name, given in (("whole", data), ("stream", data.to_iterable_dataset()))
-        if (run := make_trainer(tmp_path / name, None, options, data=given)).train()
-    ]
-    assert len(logged[0]) == len(logged[1]) == 2
-
-
-def test_a_packed_stream_that_trains_nothing(tmp_path: Path) -> None:
-    """Packing that cuts rows off, as its default does, loses their labels."""
-    rows = stream([{"prompt": "abcdefgh", "completion": "i"}] * 8)
-    trainer = make_trainer(tmp_path, None, {"max_length": 4, "packing": True, "max_steps": 1}, data=rows)
-    with pytest.raises(
-        ValueError, match=r"train_dataset: (a row of the stream has no label|the stream gave no batch)"
-    ):
-        trainer.train()
-
-
 def test_a_column_of_texts_beside_conversations_is_not_read(tmp_path: Path) -> None:
     turns = {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}
     for text in (None, ["c"]):
@@ -287,13 +236,6 @@ def test_a_column_of_texts_beside_conversations_is_not_read(tmp_path: Path) -> N
     make_trainer(tmp_path, None, data=Dataset.from_list([{"conversations": chat, "text": None}] * 4))
     with pytest.raises(ValueError, match="train_dataset row 0: 'text' is null"):
         make_trainer(tmp_path, None, data=Dataset.from_list([{"prompt": "a", "completion": "b", "text": None}]))
-
-
-def test_a_stream_of_which_no_row_is_left(tmp_path: Path) -> None:
-    rows = stream([{"prompt": "abcdefgh", "completion": "i"}] * 4)
-    trainer = make_trainer(tmp_path, None, {"max_length": 4}, data=rows)
-    with pytest.raises(ValueError, match=r"train_dataset: the stream gave no batch, .*max_length=4 cuts"):
-        trainer.train()
 
 
 def test_arguments_by_position(tmp_path: Path) -> None:
