@@ -53,7 +53,8 @@ class RecipeParser(TrlParser):
         line.
 
         Raises:
-            ValueError: a key that is no field, or a value of a kind that its field cannot have.
+            ValueError: a key that is no field, or a value of a kind that its field cannot have or that is none of its
+                choices.
         """
         actions = {action.dest: action for action in self._actions}
         for key, value in config.items():
@@ -61,6 +62,11 @@ class RecipeParser(TrlParser):
                 raise ValueError(f"the config file's key {key!r} is no field{_close_to(str(key), self._kinds)}")
             read = _list if actions[key].nargs == "*" else _scalar
             config[key] = read(key, value, self._kinds[key])
+            # argparse compares the command line's words with the choices, but no defaults
+            if (choices := actions[key].choices) and config[key] is not None and config[key] not in choices:
+                raise ValueError(
+                    f"the config file's {key}={config[key]!r} is not one of {', '.join(map(repr, choices))}"
+                )
         return super().set_defaults_with_config(**config)
 
     def parse_recipe(self, argv: list[str] | None = None) -> tuple[Any, ...]:

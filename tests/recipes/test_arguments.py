@@ -140,6 +140,7 @@ def test_an_unknown_option_is_named_with_its_neighbours(tmp_path: Path) -> None:
         ({"dtype": "bf16"}, "dtype='bf16' is not one of 'auto', 'bfloat16'"),
         ({"bnb_4bit_quant_type": "nf5"}, "bnb_4bit_quant_type='nf5' is not one of 'fp4', 'nf4'"),
         ({"dataset_format": "gms8k"}, "dataset_format='gms8k' is not one of"),
+        ({"packing_strategy": "bfd_spilt"}, "packing_strategy='bfd_spilt' is not one of 'bfd', "),
         ({"families": ["lcm"]}, "families=.* and dataset_name='some/data'"),
         ({"dataset_name": None}, "families and dataset_name are both missing"),
         ({"dataset_name": None, "families": []}, "families and dataset_name are both missing"),
