@@ -16,6 +16,7 @@ from torch import Tensor
 from dip_hf import NoiseKey
 from dip_hf.evaluation.sampling import make_sampler
 from tests.dipnet.models import adapt, batch, build
+from tests.ibvi.models import POSTERIOR
 
 
 @pytest.fixture(autouse=True)
@@ -25,9 +26,10 @@ def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.fixture
-def model() -> PeftModel:
-    model = adapt(build(num_hidden_layers=2), target_modules=["q_proj"]).train()
+@pytest.fixture(params=["noise", "posterior"])
+def model(request: pytest.FixtureRequest) -> PeftModel:
+    options = {"noise": {}, "posterior": POSTERIOR}[request.param]
+    model = adapt(build(num_hidden_layers=2), target_modules=["q_proj", "up_proj"], **options).train()
     with model.base_model.sampling(NoiseKey(0)):
         model(**batch())  # measures the scale, which is not part of what is compiled
     return model
@@ -88,17 +90,18 @@ def test_noise_outside_a_context_changes_without_compiling_anew(model: PeftModel
     compiled = torch.compile(model, backend=counter)
     with torch.no_grad():
         passes, graphs = [], []
-        for _ in range(4):
+        for _ in range(5):
             passes.append(compiled(**batch(), use_cache=False).logits)
             graphs.append(counter.graphs)
     assert not any(torch.equal(one, other) for one, other in pairwise(passes))
-    assert graphs[-1] == graphs[2] > 0
+    assert graphs[-1] == graphs[3] > 0
 
 
-def test_gradients_through_aot_autograd(model: PeftModel) -> None:
+@pytest.mark.parametrize("trajectories", [1, 2])
+def test_gradients_through_aot_autograd(model: PeftModel, trajectories: int) -> None:
     compiled = torch.compile(model, backend="aot_eager")
-    logits, gradients = step(compiled, model, NoiseKey(1))
-    expected, theirs = step(model, model, NoiseKey(1))
+    logits, gradients = step(compiled, model, NoiseKey(1), trajectories)
+    expected, theirs = step(model, model, NoiseKey(1), trajectories)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(gradients, theirs, rtol=1e-3, atol=1e-5)
 
@@ -135,3 +138,15 @@ def test_blocks_compiled_in_place() -> None:
     for trajectories in (1, 2, 1):
         logits, _ = step(model, model, key, trajectories)
         torch.testing.assert_close(logits, expected[trajectories], rtol=1e-4, atol=1e-5)
+
+
+def test_whole_blocks_in_checkpoints(model: PeftModel) -> None:
+    """As `torch_compile` with activation checkpoints has them: a block changes nothing outside, and is one graph."""
+    expected, theirs = step(model, model, NoiseKey(1), 1)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    for block in model.get_base_model().model.layers:
+        block.compile(backend="eager", fullgraph=True)
+    found, gradients = step(model, model, NoiseKey(1), 1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradients, theirs, rtol=1e-3, atol=1e-5)

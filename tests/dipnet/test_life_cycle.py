@@ -1,169 +1,70 @@
-"""The adapter through everything that PEFT's users do with one, on a real, if tiny, language model."""
+"""Noise, a posterior, or both, through everything that PEFT's users do with an adapter."""
 
 from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from peft import (
     AutoPeftModelForCausalLM,
-    EvaConfig,
     PeftModel,
-    get_peft_model,
     get_peft_model_state_dict,
-    initialize_lora_eva_weights,
     inject_adapter_in_model,
 )
-from peft.helpers import disable_input_dtype_casting
-from peft.tuners.lora import BdLoraConfig
-from peft.tuners.lora.config import MontecloraConfig
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dip_hf import DIPNetConfig, DIPNetModel
-from tests.dipnet.models import KEY, adapt, batch, build, config, load_base, logits, noisy, sites
+from dip_hf import DIPNetConfig
+from dip_hf.ibvi.layer import Covariance
+from tests.dipnet.models import KEY, adapt, batch, config, load_base, logits, noisy
+from tests.ibvi.models import KINDS, leaves
 
 
-WHERE = "model.layers.2.dip_noise.lora_dip_log_variance"
+NOISE = {"model.layers.2.dip_noise.lora_dip_log_variance.weight", "model.layers.2.dip_noise.lora_dip_log_variance.rms"}
+POSTERIOR = {"model.layers.3.mlp.up_proj.lora_dip_covariance.weight"}
+NAMES = {"noise": NOISE, "posterior": POSTERIOR, "both": NOISE | POSTERIOR}
+"""Some of what a file must hold."""
 
 
-def test_noise_is_on_in_training_and_off_in_evaluation(model: PeftModel) -> None:
-    assert torch.equal(logits(model), logits(model))
-    model.train()
-    assert not torch.equal(logits(model), logits(model))
-    model.eval()
-    assert torch.equal(logits(model), logits(model))
-    assert isinstance(model.base_model, DIPNetModel)
-    assert model.base_model.noised_layers() == []
-    assert model.peft_config["default"].all_block_names == [f"model.layers.{index}" for index in range(4)]
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
-def test_noise_in_evaluation_where_asked_for(base: str) -> None:
-    model = adapt(load_base(base), noise_in_eval=True)
-    assert not torch.equal(logits(model), logits(model))
-    assert model.base_model.noised_layers() == [0, 1, 2, 3]
+@pytest.fixture
+def model(base: str, kind: str) -> PeftModel:
+    """With weights that are not the initial ones."""
+    model = adapt(load_base(base), **KINDS[kind]).eval()
+    for leaf in leaves(model):
+        leaf.weight.data += 0.1
+    return model
 
 
-@pytest.mark.parametrize("noise_in_eval", [False, True])
-def test_text_generated_in_training_mode(noise_in_eval: bool) -> None:
-    """As a callback does it in the midst of training: by the noise-free pass, and training goes on with noise."""
-    model = adapt(build(), noise_in_eval=noise_in_eval, variational_rank=2, variational_blocks=[1]).train()
-    logits(model)  # measures the scale
-
-    def texts() -> list[Tensor]:
-        return [model.generate(**batch(), max_new_tokens=8, do_sample=False) for _ in range(2)]
-
-    in_training = texts()
-    assert model.training and not torch.equal(logits(model), logits(model))
-    model.eval()
-    assert torch.equal(*in_training) != noise_in_eval
-    assert noise_in_eval or torch.equal(in_training[0], texts()[0])
-    with model.base_model.sampling(KEY):
-        assert not torch.equal(in_training[0], texts()[0])
-
-
-def test_noise_outside_a_trainer_follows_its_seed(base: str) -> None:
-    def passes(seed: int) -> list[Tensor]:
-        model = adapt(load_base(base), noise_seed=seed).train()
-        return [logits(model) for _ in range(2)]
-
-    assert all(map(torch.equal, passes(1), passes(1)))
-    assert not torch.equal(passes(1)[0], passes(2)[0])
-
-
-def test_only_lora_and_the_log_variances_are_trained(model: PeftModel) -> None:
+def test_what_is_trained(model: PeftModel) -> None:
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert all("lora_A" in name or "lora_B" in name or "lora_dip_log_variance" in name for name in trained)
-    assert sum("dip" in name for name in trained) == 2
-    model.train()
-    model(**batch()).logits.square().sum().backward()
+    assert all(any(part in name for part in ("lora_A", "lora_B", "lora_dip_")) for name in trained)
+    assert sum("lora_dip_" in name for name in trained) == len(leaves(model))
+    model.train()(**batch()).logits.square().sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"target_parameters": ["mlp.down_proj.weight", "mlp.up_proj.weight"]},
-        {"use_bdlora": BdLoraConfig(target_modules_bd_a=["q_proj"], target_modules_bd_b=["v_proj"], nblocks=2)},
-        {"monteclora_config": MontecloraConfig()},
-    ],
-    ids=lambda options: next(iter(options)),
-)
-def test_variants_whose_files_have_other_names_or_shapes(base: str, options: dict[str, Any], tmp_path: Path) -> None:
-    model = adapt(load_base(base), target_modules=["q_proj", "v_proj"], **options).eval()
-    model.save_pretrained(tmp_path)
-    for low_cpu_mem_usage in (False, True):
-        loaded = PeftModel.from_pretrained(load_base(base), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
-        assert torch.equal(logits(loaded), logits(model))
-    assert not torch.allclose(logits(loaded), logits(load_base(base)), atol=1e-3)
-
-
-def test_frozen_noise_stays_frozen(base: str) -> None:
-    model = adapt(load_base(base), learn_noise=False)
-    for _ in range(2):
-        assert not any(parameter.requires_grad for name, parameter in model.named_parameters() if "dip" in name)
-        model.set_adapter("default")  # sets requires_grad anew
-    assert not torch.equal(noisy(model), logits(model))
-
-
-@pytest.mark.parametrize("task_type", ["CAUSAL_LM", None])
-def test_the_scale_is_measured_once_and_stored(task_type: str | None, base: str, tmp_path: Path) -> None:
-    """Without a task type PEFT calls the model inside of the tuner."""
-    model = adapt(load_base(base), noise_blocks=2, task_type=task_type).eval()
-    leaves = [site.leaf("default") for site in sites(model)]
-    assert all(leaf.rms.item() == 0 for leaf in leaves)
-    seen: list[Tensor] = []
-    model.base_model.model.model.layers[2].register_forward_pre_hook(
-        lambda module, args: seen.append(args[0]), prepend=True
-    )
-    noisy(model)
-    visible = batch(padded=True)["attention_mask"].bool()
-    expected = seen[0][visible].square().mean(-1).sqrt().median()  # of real tokens, not of padding
-    torch.testing.assert_close(leaves[0].rms, expected.reshape(1))
-    measured = [leaf.rms.clone() for leaf in leaves]
-    with torch.no_grad(), model.base_model.sampling(KEY):
-        model(input_ids=batch(2, 4)["input_ids"])
-    assert all(torch.equal(leaf.rms, rms) for leaf, rms in zip(leaves, measured, strict=True))
-
-    model.save_pretrained(tmp_path / "adapter")
-    loaded = PeftModel.from_pretrained(build(), tmp_path / "adapter")
-    with torch.no_grad(), loaded.base_model.sampling(KEY):
-        loaded(input_ids=batch(2, 4)["input_ids"])
-    assert all(torch.equal(s.leaf("default").rms, rms) for s, rms in zip(sites(loaded), measured, strict=True))
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_save_and_load(model: PeftModel, base: str, tmp_path: Path, low_cpu_mem_usage: bool) -> None:
+def test_save_and_load(model: PeftModel, kind: str, base: str, tmp_path: Path, low_cpu_mem_usage: bool) -> None:
     expected = noisy(model), logits(model)
     model.save_pretrained(tmp_path / "adapter")
     weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    assert {f"base_model.model.{WHERE}.weight", f"base_model.model.{WHERE}.rms"} <= set(weights)
+    assert {f"base_model.model.{name}" for name in NAMES[kind]} <= set(weights)
     loaded = PeftModel.from_pretrained(load_base(base), tmp_path / "adapter", low_cpu_mem_usage=low_cpu_mem_usage)
-    assert type(loaded.peft_config["default"]) is DIPNetConfig
     assert torch.equal(noisy(loaded), expected[0]) and torch.equal(logits(loaded), expected[1])
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     trainable = PeftModel.from_pretrained(load_base(base), tmp_path / "adapter", is_trainable=True)
-    assert sites(trainable)[0].leaf("default").weight.requires_grad
-
-
-@pytest.mark.parametrize("rho", [1.0, 2.0])  # which lets ranks differ
-def test_eva_fills_what_was_made_without_memory(base: str, tmp_path: Path, rho: float) -> None:
-    arguments = {"target_modules": ["q_proj", "v_proj"], "eva_config": EvaConfig(rho=rho)}
-    eva = config(init_lora_weights="eva", **arguments)
-    model = get_peft_model(load_base(base), eva, low_cpu_mem_usage=True)
-    initialize_lora_eva_weights(model, [batch(8, 16)] * 3, show_progress_bar=False)
-    assert all(torch.equal(site.leaf("default").weight, site.leaf("default").initial()) for site in sites(model))
-    model.train()(**batch()).logits.square().sum().backward()
-    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
-    expected = noisy(model.eval())
-    model.save_pretrained(tmp_path)
-    for low_cpu_mem_usage in (False, True):
-        loaded = PeftModel.from_pretrained(load_base(base), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
-        assert torch.equal(noisy(loaded), expected)
+    assert all(leaf.weight.requires_grad for leaf in leaves(trainable))
+    read = loaded.peft_config["default"]
+    assert type(read) is DIPNetConfig and read.dip_hf_version == DIPNetConfig().dip_hf_version
+    assert read.dip_format == (1 if kind == "noise" else 2)
+    assert all(getattr(read, name) == value for name, value in KINDS[kind].items())
 
 
 def test_auto_classes_and_transformers_load_it(model: PeftModel, base: str, tmp_path: Path) -> None:
@@ -177,37 +78,64 @@ def test_auto_classes_and_transformers_load_it(model: PeftModel, base: str, tmp_
     added.load_adapter(folder)
     for loaded in (native, added):
         assert torch.equal(logits(loaded), expected[1])
-        for mine, theirs in zip(sites(model), sites(loaded), strict=True):
-            assert torch.equal(mine.leaf("default").weight, theirs.leaf("default").weight)
-            assert torch.equal(mine.leaf("default").rms, theirs.leaf("default").rms)
+        for mine, theirs in zip(leaves(model), leaves(loaded), strict=True):
+            assert type(mine) is type(theirs)
+            assert not isinstance(mine, Covariance) or mine.number == theirs.number  # of which samples are drawn
+            torch.testing.assert_close(mine.state_dict(), theirs.state_dict(), rtol=0, atol=0)
     added.train()
     assert not torch.equal(logits(added), logits(added))
 
 
-def test_injection_without_a_peft_model(base: str) -> None:
+def test_injection_without_a_peft_model(kind: str, base: str) -> None:
     raw = load_base(base)
     clean = logits(raw)
-    inject_adapter_in_model(config(noise_blocks=2, init_lora_weights=True), raw)
-    assert torch.equal(logits(raw), clean)
-    assert not torch.equal(logits(raw.train()), clean)
-    assert f"{WHERE}.weight" in get_peft_model_state_dict(raw)
+    inject_adapter_in_model(config(**KINDS[kind]), raw)
+    assert not torch.equal(logits(raw), clean) and torch.equal(logits(raw), logits(raw))
+    assert not torch.equal(logits(raw.train()), logits(raw))
+    assert set(get_peft_model_state_dict(raw)) >= NAMES[kind]
+
+
+@pytest.mark.parametrize("others", KINDS)
+def test_several_adapters(model: PeftModel, base: str, tmp_path: Path, others: str) -> None:
+    one = noisy(model)
+    model.add_adapter("other", config(**KINDS[others] | {"noise_scale": 0.3}, target_modules=["q_proj"]))
+    assert torch.equal(noisy(model), one)
+    model.set_adapter("other")
+    two = noisy(model)
+    assert not torch.equal(two, one)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained and all(".other" in name for name in trained)
+    model.save_pretrained(tmp_path)
+
+    loaded = PeftModel.from_pretrained(load_base(base), tmp_path)
+    loaded.load_adapter(tmp_path / "other", "other")
+    assert torch.equal(noisy(loaded), one)
+    loaded.set_adapter("other")
+    assert torch.equal(noisy(loaded), two)
+    loaded.delete_adapter("default")
+    assert torch.equal(noisy(loaded), two)
+    assert not any(".default" in name for name in loaded.state_dict())
+    kept = ("lora_variant", "noise_in_eval", "seeds")
+    assert not any("default" in getattr(module, name, {}) for module in loaded.modules() for name in kept)
 
 
 def test_disabling(model: PeftModel, base: str) -> None:
     with model.disable_adapter():
         assert torch.equal(logits(model), logits(load_base(base)))
-        with pytest.raises(ValueError, match="adds no noise"), model.base_model.sampling(KEY):
+        with pytest.raises(ValueError, match="adds no noise and has no posterior"), model.base_model.sampling(KEY):
             pass
     assert not torch.equal(noisy(model), logits(model))
 
 
-def test_merging_keeps_the_noise_free_pass(model: PeftModel) -> None:
+@pytest.mark.parametrize("safe", [False, True])
+def test_merging_is_of_the_clean_pass(model: PeftModel, safe: bool) -> None:
     clean, drawn = logits(model), noisy(model)
-    model.merge_adapter()
-    torch.testing.assert_close(logits(model), clean, rtol=1e-4, atol=1e-5)
-    assert model.base_model.noised_layers() == []
-    model.train()
-    assert torch.equal(logits(model), logits(model))  # a merged adapter is out of training
+    model.merge_adapter(safe_merge=safe)
+    assert (logits(model) - clean).abs().max() <= 1e-5
+    assert model.base_model.noised_layers() == model.base_model.variational_layers() == []
+    with pytest.raises(ValueError, match="has no posterior"), model.base_model.sampling(KEY):
+        pass
+    assert torch.equal(logits(model.train()), logits(model))  # a merged adapter is out of training
     model.eval()
     model.unmerge_adapter()
     torch.testing.assert_close(noisy(model), drawn, rtol=1e-4, atol=1e-4)
@@ -215,42 +143,74 @@ def test_merging_keeps_the_noise_free_pass(model: PeftModel) -> None:
 
 @pytest.mark.parametrize("merge", [True, False])
 @pytest.mark.parametrize("copied", [True, False])
-def test_unloading_leaves_no_trace(model: PeftModel, base: str, merge: bool, copied: bool) -> None:
+def test_unloading_leaves_no_trace(model: PeftModel, kind: str, base: str, merge: bool, copied: bool) -> None:
     expected = logits(model) if merge else logits(load_base(base))
     model = copy.deepcopy(model) if copied else model
     plain = model.merge_and_unload() if merge else model.unload()
     torch.testing.assert_close(logits(plain.train()), expected, rtol=1e-4, atol=1e-5)
     assert set(plain.state_dict()) == set(load_base(base).state_dict())
     assert not any(module._forward_pre_hooks for module in plain.modules())
-    assert not torch.equal(noisy(adapt(plain)), logits(plain))  # and it can be adapted again
+    assert not torch.equal(noisy(adapt(plain, **KINDS[kind])), logits(plain))  # and it can be adapted again
 
 
 def test_a_copy_is_independent(model: PeftModel) -> None:
     before = noisy(model)
     other = copy.deepcopy(model)
     assert torch.equal(noisy(other), before)
-    assert len({id(site.state) for site in sites(other)}) == 1
-    assert sites(other)[0].state is not sites(model)[0].state
-    with torch.no_grad():
-        sites(other)[0].leaf("default").weight.add_(1)
+    assert other.base_model.noise_state is not model.base_model.noise_state
+    for leaf in leaves(other):
+        leaf.weight.data += 1
     assert torch.equal(noisy(model), before) and not torch.equal(noisy(other), before)
 
 
-def test_a_mask_given_by_position_counts(base: str) -> None:
-    scales = []
-    for by_position in (False, True):
-        model = adapt(load_base(base), task_type=None).train()
-        inputs = batch(padded=True)
-        if by_position:
-            model(inputs["input_ids"], inputs["attention_mask"])
-        else:
-            model(**inputs)
-        scales.append([site.leaf("default").rms.item() for site in sites(model)])
-    assert scales[0] == scales[1]
+def test_batches_of_several_adapters(model: PeftModel, kind: str) -> None:
+    """By the clean pass; samples of several adapters in one batch are refused."""
+    model.add_adapter("other", config(**KINDS[kind], target_modules=["q_proj"]))
+    one = logits(model)
+    model.set_adapter("other")
+    two = logits(model)
+    with model.disable_adapter():
+        none = logits(model)
+    names = ["default", "other", "__base__"]
+    mixed, visible = logits(model, adapter_names=names), batch(padded=True)["attention_mask"].bool()
+    expected = torch.stack([one[0], two[1], none[2]])
+    torch.testing.assert_close(mixed[visible], expected[visible], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"adapter_names=\[.*one at a time"), model.base_model.sampling(KEY):
+        logits(model, adapter_names=names)
+    model.add_adapter("sampled", config(**KINDS[kind], noise_in_eval=True))  # though another is the active one
+    with pytest.raises(ValueError, match=r"adapter_names=\[.*one at a time"):
+        logits(model, adapter_names=["default", "sampled", "__base__"])
 
 
-def test_input_dtype_casting_is_switched_as_for_lora() -> None:
-    model = adapt(build()).eval()
-    with disable_input_dtype_casting(model):
-        cast = noisy(model)
-    assert torch.equal(cast, noisy(model))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_after_a_cast(model: PeftModel, dtype: torch.dtype) -> None:
+    noisy(model)
+    drawn = noisy(model.to(dtype))
+    assert drawn.dtype == dtype and drawn.isfinite().all() and not torch.equal(drawn, logits(model))
+    model.train()
+    model(**batch()).logits.float().square().mean().backward()
+    assert all(leaf.weight.grad.isfinite().all() for leaf in leaves(model))
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_a_half_precision_base_keeps_ours_in_fp32(
+    model: PeftModel, kind: str, base: str, tmp_path: Path, low_cpu_mem_usage: bool
+) -> None:
+    noisy(model)
+    model.save_pretrained(tmp_path / "adapter")
+    half = load_base(base).to(torch.bfloat16)
+    loaded = PeftModel.from_pretrained(half, tmp_path / "adapter", low_cpu_mem_usage=low_cpu_mem_usage)
+    for mine, theirs in zip(leaves(model), leaves(loaded), strict=True):
+        torch.testing.assert_close(mine.state_dict(), theirs.state_dict(), rtol=0, atol=0)
+    new = adapt(load_base(base).to(torch.bfloat16), **KINDS[kind])
+    assert all(leaf.weight.dtype == torch.float32 for leaf in leaves(new))
+    assert noisy(new).dtype == torch.bfloat16
+
+
+def test_under_autocast(model: PeftModel) -> None:
+    exact = noisy(model)
+    with torch.autocast("cpu", torch.bfloat16), model.base_model.sampling(KEY, 2):
+        rough = model(**batch(padded=True)).logits
+        rough.float().square().mean().backward()
+    torch.testing.assert_close(rough[:3].float(), exact, rtol=0.1, atol=0.1)
+    assert all(leaf.weight.grad.dtype == torch.float32 for leaf in leaves(model))

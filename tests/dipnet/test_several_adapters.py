@@ -2,38 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from peft import PeftModel
 
-from tests.dipnet.models import KEY, adapt, batch, config, load_base, logits, noisy, sites
-
-
-def test_several_adapters_with_different_blocks(model: PeftModel, base: str, tmp_path: Path) -> None:
-    one = noisy(model)
-    model.add_adapter("other", config(noise_blocks=[0], noise_scale=0.3, target_modules=["q_proj"]))
-    assert torch.equal(noisy(model), one)
-    model.set_adapter("other")
-    with model.base_model.sampling(KEY):
-        assert model.base_model.noised_layers() == [0]
-    two = noisy(model)
-    assert not torch.equal(two, one)
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    assert trained and all(".other" in name for name in trained)
-    model.save_pretrained(tmp_path)
-
-    loaded = PeftModel.from_pretrained(load_base(base), tmp_path)
-    loaded.load_adapter(tmp_path / "other", "other")
-    assert torch.equal(noisy(loaded), one)
-    loaded.set_adapter("other")
-    assert torch.equal(noisy(loaded), two)
-    loaded.delete_adapter("other")
-    loaded.set_adapter("default")
-    assert torch.equal(noisy(loaded), one)
-    assert not any(".other" in name for name in loaded.state_dict())
-    assert not any("other" in site.noise_in_eval or "other" in site.seeds for site in sites(loaded))
+from tests.dipnet.models import KEY, adapt, batch, config, load_base, noisy, sites
 
 
 def test_adapters_that_take_turns_draw_by_their_own_seeds(base: str) -> None:
@@ -58,24 +31,6 @@ def test_deleting_the_active_adapter_activates_one_and_the_same_everywhere(base:
     assert all(site.active_adapters == ["b"] for site in sites(model))
     with model.base_model.sampling(KEY):
         assert model.base_model.noised_layers() == [2]
-
-
-def test_batches_of_several_adapters(model: PeftModel) -> None:
-    model.add_adapter("other", config(noise_blocks=[0]))
-    one = logits(model)
-    model.set_adapter("other")
-    two = logits(model)
-    with model.disable_adapter():
-        none = logits(model)
-    mixed = logits(model, adapter_names=["default", "other", "__base__"])
-    visible = batch(padded=True)["attention_mask"].bool()
-    expected = torch.stack([one[0], two[1], none[2]])
-    torch.testing.assert_close(mixed[visible], expected[visible], rtol=1e-4, atol=1e-5)
-    with (
-        pytest.raises(ValueError, match=r"adapter_names=\[.*one at a time"),
-        model.base_model.sampling(KEY),
-    ):
-        logits(model, adapter_names=["default", "other", "__base__"])
 
 
 @pytest.mark.parametrize("combination", ["linear", "cat", "svd"])

@@ -8,14 +8,12 @@ from typing import Any
 import pytest
 import torch
 from peft import (
-    PeftConfig,
     PeftModel,
 )
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from dip_hf import DIPNetConfig
 from tests.dipnet.models import KEY, adapt, batch, load_base, logits, noisy, sites
 
 
@@ -73,23 +71,6 @@ def test_generation_from_several_trajectories_is_refused(model: PeftModel) -> No
     assert model.generate(**arguments).shape == (3, 12)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_after_a_cast(model: PeftModel, dtype: torch.dtype) -> None:
-    noisy(model)
-    drawn = noisy(model.to(dtype))
-    assert drawn.dtype == dtype and drawn.isfinite().all()
-    assert not torch.equal(drawn, logits(model))
-    model.train()
-    model(**batch()).logits.float().square().mean().backward()
-    assert all(site.leaf("default").weight.grad.isfinite().all() for site in sites(model))
-
-
-def test_a_half_precision_base_keeps_log_variances_in_fp32(base: str) -> None:
-    model = adapt(load_base(base).to(torch.bfloat16))
-    assert all(site.leaf("default").weight.dtype == torch.float32 for site in sites(model))
-    assert noisy(model).dtype == torch.bfloat16
-
-
 def gradients(model: PeftModel, trajectories: int = 1) -> list[Tensor]:
     model.zero_grad()
     with model.base_model.sampling(KEY, trajectories):
@@ -136,10 +117,3 @@ def test_saving_a_noised_block_is_refused_before_anything_changes(base: str) -> 
         adapt(plain, modules_to_save=["layers.1"])
     assert not sites(plain) and not any("lora" in name for name in plain.state_dict())
     adapt(plain, modules_to_save=["layers.1"], noise_blocks=[2, 3], target_modules=["layers.2.mlp.up_proj"])
-
-
-def test_reading_the_config(model: PeftModel, tmp_path: Path) -> None:
-    model.save_pretrained(tmp_path)
-    read = PeftConfig.from_pretrained(tmp_path)
-    assert isinstance(read, DIPNetConfig)
-    assert read.noise_blocks == 2 and read.noise_scale == 0.5 and read.dip_format == 1

@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from dip_hf import NoiseKey
+from dip_hf.dipnet.layer import LogVariance
 from dip_hf.ibvi.functional import posterior_number
 from dip_hf.ibvi.layer import Covariance, covariances
 from dip_hf.noise import derive_seed, few_gaussians
@@ -20,6 +21,12 @@ from tests.dipnet.models import adapt
 
 EVERYWHERE: dict[str, Any] = {"variational_blocks": "all", "variational_scale": 1.0}
 POSTERIOR: dict[str, Any] = {"noise_blocks": [], "variational_rank": 3, **EVERYWHERE}
+KINDS: dict[str, dict[str, Any]] = {
+    "noise": {"noise_blocks": 2},
+    "posterior": {**POSTERIOR, "variational_blocks": 2},
+    "both": {**POSTERIOR, "variational_blocks": 2, "noise_blocks": 2},
+}
+"""What an adapter may add to LoRA: options of `adapt`."""
 
 
 def variational(model: Any, adapter_name: str = "default", **arguments: Any) -> PeftModel:
@@ -32,6 +39,11 @@ def posteriors(model: nn.Module, adapter_name: str = "default") -> dict[str, tup
     root = model.base_model.model if isinstance(model, PeftModel) else model
     found = {clean_name(name): (module, covariances(module)) for name, module in root.named_modules()}
     return {name: (module, all_[adapter_name]) for name, (module, all_) in found.items() if adapter_name in all_}
+
+
+def leaves(model: nn.Module) -> list[Any]:
+    """The modules that hold what DIPNet and IBVI add to LoRA."""
+    return [module for module in model.modules() if isinstance(module, LogVariance | Covariance)]
 
 
 def coefficients(name: str, key: NoiseKey, trajectory: int, rank: int) -> Tensor:
