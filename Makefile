@@ -78,7 +78,7 @@ conformance: $(INSTALLED)
 	$(TEST_ENV) $(BIN)/python -m pytest --numprocesses $(WORKERS) tests/conformance --whole
 
 benchmark: $(INSTALLED)
-	$(BIN)/python benchmarks/overhead.py --preset cpu --json runs/overhead.json
+	$(KEEP_MEMORY) $(BIN)/python benchmarks/overhead.py --preset cpu --rounds 10 --builds 3 --json runs/overhead.json
 	$(BIN)/python benchmarks/prediction.py --preset cpu --json runs/prediction.json
 
 # About nine hours on two cores from nothing; what docs/results has is not made again, and it goes on after an

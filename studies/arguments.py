@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ _OF_DIPNET = (
     *("num_trajectories", "variance_weight", "log_variance_weight", "stability_weight", "penalty_"),
 )
 """What fields that need a DIPNet adapter start with."""
+_OF_LEARNED_NOISE = ("variance_weight", "log_variance_weight", "penalty_", "noise_learning_rate")
+_OF_POSTERIOR = ("variational_scale", "variational_blocks", "variational_optimizer", "variational_learning_rate")
 _NOT_THE_MODELS = ("train_size", "num_train_epochs", "learning_rate")
 """Fields that make no difference to the model: runs that differ in these alone have theirs built once."""
 
@@ -103,18 +105,15 @@ def check_arms(study: Study, base_config: PretrainedConfig) -> None:
     for family in study.families:
         if family not in known:
             raise ValueError(f"families: {family!r} is no fine-tuning family{close_to(str(family), known)}")
-    for arm in study.arms:
-        for index, setting in enumerate(arm.trials):
-            if setting in arm.trials[:index]:
-                raise ValueError(
-                    f"arms.{arm.name}: trials {arm.trials.index(setting)} and {index} are alike ({setting}); "
-                    "each must try something else"
-                )
     seen: list[dict[str, Any]] = []
     for arm, size in product(study.arms, study.sizes):
+        earlier: list[dict[str, Any]] = []
         for trial in range(0 if arm.untrained else len(arm.trials)):
             try:
                 config = study.training(arm, size, study.seeds[0], trial)
+                if config in earlier:
+                    raise ValueError(f"trains as trial {earlier.index(config)} does; each must try something else")
+                earlier.append(config)
                 _, training, adapter = parse_training(config, study.output_dir)
                 _check_effect({**arm.overrides, **arm.trials[trial]}, training, adapter)
                 _check_prediction(arm, adapter)
@@ -127,16 +126,23 @@ def check_arms(study: Study, base_config: PretrainedConfig) -> None:
                 raise ValueError(f"arms.{arm.name}, size {size}, trial {trial}: {error}") from error
 
 
-def _check_effect(names: Iterable[str], training: StudyConfig, adapter: AdapterArguments) -> None:
+def _check_effect(names: Collection[str], training: StudyConfig, adapter: AdapterArguments) -> None:
     """Refuse fields of an arm that its adapter, or a weight of 0, leaves without effect."""
-    for name in names:
-        if name.startswith(_OF_DIPNET) and adapter.adapter != "dipnet":
-            raise ValueError(
-                f"{name} has no effect with adapter={adapter.adapter!r}: remove it, or set adapter to 'dipnet'"
-            )
-        for weight, value in (("dres_weight", training.dres_weight), ("icp_weight", training.icp_weight)):
-            if value == 0 and name != weight and name.startswith(weight.removesuffix("weight")):
-                raise ValueError(f"{name} has no effect at {weight}=0: remove it, or set {weight}")
+    noisy = adapter.noise_blocks_choice not in (0, [])
+    for is_off, setting, starts in (
+        (adapter.adapter != "dipnet", f"adapter={adapter.adapter!r}", _OF_DIPNET),
+        (adapter.adapter == "none", "adapter='none'", ("lora_", "use_rslora", "use_dora")),
+        (not noisy, f"noise_blocks={adapter.noise_blocks!r}", ("noise_scale", "learn_noise", *_OF_LEARNED_NOISE)),
+        (not adapter.learn_noise, "learn_noise=False", _OF_LEARNED_NOISE),
+        (adapter.variational_rank == 0, "variational_rank=0", _OF_POSTERIOR),
+        (training.dres_weight == 0, "dres_weight=0", ("dres_",)),
+        (training.icp_weight == 0, "icp_weight=0", ("icp_",)),
+    ):
+        for name in names if is_off else ():
+            if name.startswith(starts) and name != setting.partition("=")[0]:
+                raise ValueError(
+                    f"{name} has no effect at {setting}: remove it, or change {setting.partition('=')[0]}"
+                )
 
 
 def _check_prediction(arm: Arm, adapter: AdapterArguments) -> None:

@@ -22,14 +22,24 @@ from studies.load import close_to, load_study
 from studies.method import method_section
 from studies.overview import overview_section
 from studies.picture import draw
-from studies.results import read_results, result_files
+from studies.results import Results, read_results, result_files
 from studies.spec import Study
 from studies.store import ROOT, write_lines, write_text
 from studies.tables import study_section
 
 
-def write_report(studies: Sequence[Study], docs: Path) -> list[Path]:
+_OTHER_REFERENCE = (
+    "The reference is another arm than the one declared, so that verdicts are not corrected for its choice."
+)
+
+
+def write_report(studies: Sequence[Study], docs: Path, note: str = "") -> list[Path]:
     """Write the report of `studies` into the folder `docs`; return the paths.
+
+    Args:
+        studies: a section each, those without a finished cell by name alone.
+        docs: where results.md is written, and results/.
+        note: a paragraph in front of the sections.
 
     Raises:
         ValueError: cells that were not scored on the same items.
@@ -37,8 +47,9 @@ def write_report(studies: Sequence[Study], docs: Path) -> list[Path]:
     archive = docs / "results"
     paths = [docs / "results.md"]
     finished = [read_results(study, *result_files(study, archive)) for study in studies]
-    parts = ["# Results of the studies", method_section(), overview_section(finished)]
-    for results in finished:
+    parts = ["# Results of the studies", method_section(), note, overview_section(finished)]
+    parts.append(_without_a_cell(finished))
+    for results in (results for results in finished if results.lines):
         study = results.study
         sizes = [size for size in study.sizes if any(place[1] == size for place in results.lines)]
         comparisons = [compare(results, size) for size in sizes]
@@ -52,12 +63,21 @@ def write_report(studies: Sequence[Study], docs: Path) -> list[Path]:
         write_text(archive / f"{study.name}.json", json.dumps(content, indent=2) + "\n")
         paths.append(archive / f"{study.name}.json")
         copy = archive / f"{study.name}.jsonl"
-        if results.lines:
-            write_lines(copy, results.in_order())
-            paths.append(copy)
+        write_lines(copy, results.in_order())
+        paths.append(copy)
         parts.append(study_section(results, comparisons, pictures))
     write_text(paths[0], "\n\n".join(part for part in parts if part) + "\n")
     return paths
+
+
+def _without_a_cell(finished: Sequence[Results]) -> str:
+    """The names of the studies that have nothing to show."""
+    names = [
+        results.study.name + (f" ({results.stale} of an earlier declaration left out)" if results.stale else "")
+        for results in finished
+        if not results.lines
+    ]
+    return f"Without a finished cell: {', '.join(names)}." if names else ""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -76,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
             )
         if arguments.reference is not None:
             studies = [_compared_with(study, arguments.reference) for study in studies]
-        for path in write_report(studies, arguments.docs):
+        for path in write_report(studies, arguments.docs, "" if arguments.reference is None else _OTHER_REFERENCE):
             print(f"Wrote {path}")
     except ValueError as error:
         sys.exit(f"studies.report: {error}")

@@ -4,8 +4,8 @@
     python -m studies.run studies/two_cores.yaml --arms lora ibvi
 
 Finished parts are kept under the study's `output_dir`, so that the same command goes on after a stop, a kill or a
-change of the study; cells and trials that docs/results holds are taken over from there, so that a fresh clone goes on
-too. `python -m studies.report` makes the tables from what there is.
+change of the study; cells and trials that docs/results holds, of this or another study, are taken over from there, so
+that a fresh clone goes on too. `python -m studies.report` makes the tables from what there is.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
             if name not in names:
                 raise ValueError(f"--arms: {name!r} is no arm of {arguments.study}{close_to(name, names)}")
         check_fields(study)
-        finished = read_lines(ARCHIVE / f"{study.name}.jsonl")
+        finished = [line for path in sorted(ARCHIVE.glob("*.jsonl")) for line in read_lines(path)]
     except ValueError as error:
         sys.exit(f"studies.run: {error}")
     try:

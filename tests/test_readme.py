@@ -20,7 +20,7 @@ def test_the_example_trains_and_its_adapter_loads(tmp_path: Path, monkeypatch: p
     for there, here in (
         ('"Qwen/Qwen2.5-0.5B"', repr(str(BASE))),
         ('load_dataset("trl-lib/Capybara", split="train")', "rows"),
-        ("dres_weight=10.0)  # no GPU: use_cpu=True, bf16=False", "dres_weight=10.0, use_cpu=True, bf16=False)"),
+        ("learning_rate=2e-4)  # no GPU: use_cpu=True, bf16=False", "learning_rate=2e-4, use_cpu=True, bf16=False)"),
     ):
         assert there in example
         example = example.replace(there, here)

@@ -96,7 +96,23 @@ def test_a_bad_file_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], 
         ),
         (
             {"arms": {"lora": {}, "b": {"num_trajectories": 4}}},
-            "arms.b, size 8, trial 0: num_trajectories has no effect with adapter='lora'",
+            "arms.b, size 8, trial 0: num_trajectories has no effect at adapter='lora': .* change adapter",
+        ),
+        (
+            {"arms": {"lora": {}, "b": {"adapter": "none", "lora_dropout": 0.1}}},
+            "arms.b, size 8, trial 0: lora_dropout has no effect at adapter='none'",
+        ),
+        (
+            {"arms": {"lora": {}, "b": {"adapter": "dipnet", "learn_noise": False, "variance_weight": 0.1}}},
+            "arms.b, size 8, trial 0: variance_weight has no effect at learn_noise=False",
+        ),
+        (
+            {"arms": {"lora": {}, "b": {"adapter": "dipnet", "noise_blocks": "0", "variational_rank": 2, "noise_scale": 0.2}}},
+            "arms.b, size 8, trial 0: noise_scale has no effect at noise_blocks='0'",
+        ),
+        (
+            {"arms": {"lora": {}, "b": {"adapter": "dipnet", "variational_scale": 1.0}}},
+            "arms.b, size 8, trial 0: variational_scale has no effect at variational_rank=0",
         ),
         (
             {"arms": {"lora": {}, "b": {"icp_epsilon": 0.1}}},
@@ -126,7 +142,11 @@ def test_a_bad_file_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], 
         ),
         (
             {"arms": {"lora": {"trials": [{"lora_r": 2}, {"lora_r": 2}]}, "b": {}}},
-            "arms.lora: trials 0 and 1 are alike",
+            "arms.lora, size 8, trial 1: trains as trial 0 does",
+        ),
+        (
+            {"arms": {"lora": {"trials": [{}, {"learning_rate": 1e-2}]}, "b": {}}},  # which is what all have
+            "arms.lora, size 8, trial 1: trains as trial 0 does",
         ),
         ({"model": "recipes/base_modl"}, "model='recipes/base_modl' is no folder; did you mean 'base_model'"),
         (

@@ -183,6 +183,9 @@ def test_a_report_says_whose_settings_were_given(tmp_path: Path) -> None:
     ):
         (tmp_path / folder).mkdir()
         study = small_study(tmp_path / folder, arms=changed, reference=reference)
+        store = Store(tmp_path / folder / "out")
+        finish_cells(study, store, {"base": 0.0})
+        store.write_results(study, finished_cells(study, store))
         write_report([study], tmp_path / folder / "docs")
         assert said in (tmp_path / folder / "docs" / "results.md").read_text()
 
@@ -201,11 +204,20 @@ def test_the_training_time_ratio_is_paired_by_seed_and_a_median(tmp_path: Path) 
     assert time_ratio(results, study.arm("base"), 8) is None and time_ratio(results, study.arm("late"), 8) is None
 
 
-def test_a_study_that_has_not_begun_is_pending(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main([str(write_study(tmp_path)), "--docs", str(tmp_path / "docs")])
+def test_a_study_that_has_not_begun_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_study(tmp_path)
+    main([str(path), "--docs", str(tmp_path / "docs")])
     assert "results.md" in capsys.readouterr().out
     text = (tmp_path / "docs" / "results.md").read_text()
-    assert "0 of 5 cells are finished." in text and "Pending" not in text
+    assert "Without a finished cell: study.\n" in text and "## study" not in text
+    assert not (tmp_path / "docs" / "results").exists()
+    study, store = load_study(path), Store(tmp_path / "out")
+    finish_cells(study, store, {"base": 0.0})
+    (line,) = finished_cells(study, store)
+    store.write_results(study, [{**line, "cell_hash": "of another base"}])
+    main([str(path), "--docs", str(tmp_path / "docs")])
+    text = (tmp_path / "docs" / "results.md").read_text()
+    assert "Without a finished cell: study (1 of an earlier declaration left out).\n" in text
 
 
 def test_another_arm_may_be_the_reference(tmp_path: Path) -> None:
@@ -218,7 +230,8 @@ def test_another_arm_may_be_the_reference(tmp_path: Path) -> None:
     content = json.loads((docs / "results" / "study.json").read_text())
     (lora,) = (row for row in content["sizes"][0]["measures"]["standard accuracy"] if row["arm"] == "lora")
     assert lora["difference"]["value"] == pytest.approx(-25.0)
-    assert "reference **neftune**" in (docs / "results.md").read_text()
+    text = (docs / "results.md").read_text()
+    assert "reference **neftune**" in text and "verdicts are not corrected for its choice" in text
 
 
 def test_bad_input_stops_the_command(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_a_fresh_clone_goes_on_from_the_committed_results(tmp_path: Path, monkey
     lines = (out / "study.jsonl").read_text()
     shutil.rmtree(out)  # as where nothing was run yet
     archive.mkdir()
-    (archive / "study.jsonl").write_text(lines)
+    (archive / "another.jsonl").write_text(lines)  # a study that has this arm too
     out.mkdir()
     assert main([str(path)]) == 0
     assert {call.split()[1] for call in _calls(out)} == {"base", "neftune"}
