@@ -25,7 +25,7 @@ def _depth(model: nn.Module) -> int | None:
     if config is None:
         return None
     # T5 and its kin call the encoder's depth `num_hidden_layers`
-    return config.num_decoder_layers if hasattr(config, "num_decoder_layers") else config.num_hidden_layers
+    return getattr(config, "num_decoder_layers", None) or getattr(config, "num_hidden_layers", None)
 
 
 def find_decoder_blocks(
@@ -47,7 +47,7 @@ def find_decoder_blocks(
     """
     depth = _depth(model)
     if depth is None:
-        raise ValueError(f"block_names=None: {type(model).__name__} is no transformers model; {remedy}.")
+        raise ValueError(f"block_names=None: {type(model).__name__} has no config with a number of layers; {remedy}.")
     found = [
         name
         for name, module in model.named_modules()
@@ -104,12 +104,12 @@ def input_size(model: nn.Module, block: nn.Module, name: str) -> int:
     size = getattr(block, "in_features", None)
     if isinstance(size, int):
         return size
-    config = _text_config(model)
-    if config is not None:
-        return config.hidden_size
+    size = getattr(_text_config(model), "hidden_size", None)
+    if isinstance(size, int):
+        return size
     raise ValueError(
-        f"block_names: cannot tell the input size of {name!r} ({type(block).__name__}) in a model without a "
-        "transformers config; name `nn.Linear` modules instead."
+        f"block_names: cannot tell the input size of {name!r} ({type(block).__name__}) in a model whose config has no "
+        "hidden_size; name `nn.Linear` modules instead."
     )
 
 

@@ -27,11 +27,15 @@ def recomputing() -> bool:
 
 
 def given_mask(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
-    """The attention mask in the arguments of a call of `model`, by name or by position; None where there is none."""
-    if len(args) < 2:  # the tokens alone
-        return kwargs.get("attention_mask")
-    names = inspect.signature(model.forward).parameters
-    return {**dict(zip(names, args, strict=False)), **kwargs}.get("attention_mask")
+    """Which tokens of the decoder are no padding, in the arguments of a call of `model`, by name or by position.
+
+    None where nothing says so, or masks of other shapes than (batch, length) do.
+    """
+    if len(args) > 1:  # more than the tokens
+        kwargs = {**dict(zip(inspect.signature(model.forward).parameters, args, strict=False)), **kwargs}
+    has_encoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    mask = kwargs.get("decoder_attention_mask" if has_encoder else "attention_mask")
+    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import LoraVariant
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers as include_all_linear_layers
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import get_pattern_key
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
@@ -36,6 +37,7 @@ __all__ = [
     "clean_name",
     "convert_targets",
     "get_pattern_key",
+    "include_all_linear_layers",
     "is_own",
     "register",
     "requested_variants",

@@ -14,11 +14,12 @@ from transformers import (
     BartForConditionalGeneration,
     InternVLConfig,
     InternVLForConditionalGeneration,
+    PretrainedConfig,
     T5Config,
     T5ForConditionalGeneration,
 )
 
-from dip_hf.blocks import find_decoder_blocks, select_blocks
+from dip_hf.blocks import find_decoder_blocks, input_size, select_blocks
 from tests.dipnet.models import FAMILIES, build
 
 
@@ -38,7 +39,9 @@ def test_blocks_of_every_family(family: str) -> None:
 
 
 def test_a_model_of_ones_own_needs_names() -> None:
-    with pytest.raises(ValueError, match=r"block_names=None: Linear is no transformers model; .*block_names=\["):
+    with pytest.raises(
+        ValueError, match=r"block_names=None: Linear has no config with a number of layers; .*block_names=\["
+    ):
         find_decoder_blocks(nn.Linear(2, 2))
 
 
@@ -137,3 +140,13 @@ def test_a_number_gives_that_many_blocks_from_the_end(depth: int, data: st.DataO
     number = data.draw(st.integers(1, depth))
     chosen = select_blocks([str(index) for index in range(depth)], number, "noise_blocks")
     assert len(chosen) == number and chosen[-1] == depth - 1 and chosen == list(range(chosen[0], depth))
+
+
+def test_a_config_without_sizes() -> None:
+    """Of a model with several depths and widths, as vision models have them."""
+    model = build()
+    model.config = PretrainedConfig()
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no config with a number of layers; pass the blocks"):
+        find_decoder_blocks(model)
+    with pytest.raises(ValueError, match=r"cannot tell the input size of 'model.layers.0' .*name `nn.Linear` modules"):
+        input_size(model, model.model.layers[0], "model.layers.0")

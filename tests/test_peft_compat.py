@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, mapping
-from peft.tuners import lora
+from peft.tuners import lora, tuners_utils
 from peft.tuners.lora.config import MontecloraConfig
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -73,6 +73,9 @@ def test_importing_registers_the_method() -> None:
         (BaseTunerLayer, "_freeze_non_trainable_peft_weights", ["adapter_names"]),
         (BaseTunerLayer, "get_base_layer", []),
         (BaseTuner, "_check_target_module_exists", ["peft_config", "key"]),
+        (BaseTuner, "_prepare_adapter_config", ["peft_config", "model_config"]),
+        (BaseTuner, "get_model_config", ["model"]),
+        (tuners_utils, "_maybe_include_all_linear_layers", ["peft_config", "model"]),
         (
             transformers_weight_conversion,
             "convert_peft_config_for_transformers",

@@ -62,7 +62,7 @@ class DIPNetConfig(LoraConfig):
         block_names: module names of all decoder blocks, in order; unset, they are found in transformers models.
         found_block_names: what was found where `block_names` is unset, filled in on injection.
         dip_format: version of the adapter's files, filled in.
-        dip_hf_version: version of this package that wrote the adapter, filled in.
+        dip_hf_version: version of this package that made the adapter, filled in.
 
     Raises:
         ValueError: a field's value makes no sense; the message names field, value and remedy.
@@ -96,7 +96,7 @@ class DIPNetConfig(LoraConfig):
         default=None, metadata={"help": "The blocks that were found, filled in on injection."}
     )
     dip_format: int = field(default=1, metadata={"help": "Version of the adapter's files."})
-    dip_hf_version: str = field(default=version("dip_hf"), metadata={"help": "What wrote the adapter."})
+    dip_hf_version: str = field(default=version("dip_hf"), metadata={"help": "What made the adapter."})
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -167,6 +167,9 @@ class NoiseSite(nn.Module, BaseTunerLayer):
 
         Args:
             hidden_states: v, shape (m · batch, length, d) or (tokens, d).
+
+        Raises:
+            ValueError: the batch is not folded here, so that trajectories cannot be told apart.
         """
         name = self.drawn_adapter()
         if name is None:
@@ -174,6 +177,12 @@ class NoiseSite(nn.Module, BaseTunerLayer):
         sampling = self.state.sampling
         if sampling is None:
             self.state.enter_layer(self.layer, self.seeds[name])
+        elif sampling.trajectories > 1 and hidden_states.shape[:-1].numel() != self.state.tokens:
+            raise ValueError(
+                f"trajectories={sampling.trajectories}: noise of {name!r} sees {hidden_states.shape[:-1].numel()} "
+                f"tokens of {self.state.tokens}; open `sampling` after activating an adapter, and give adapters of "
+                "one model the same block_names."
+            )
         leaf = self.leaf(name)
         if not leaf.is_measured:
             self._calibrate(leaf, hidden_states)
@@ -189,7 +198,7 @@ class NoiseSite(nn.Module, BaseTunerLayer):
         """Measure the RMS of the block's input, once; a loaded adapter brings its own. Averaged over ranks."""
         if not leaf.rms.item() > 0:
             mask = self.state.attention_mask
-            if mask is not None and mask.dim() == 2:
+            if mask is not None:
                 mask = repeat_rows(mask.bool(), self.state.trajectories).to(hidden_states.device)
                 hidden_states = hidden_states[mask] if mask.shape == hidden_states.shape[:2] else hidden_states
             mean_square = token_rms(hidden_states).square().reshape(1).to(leaf.rms.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +18,7 @@ from dip_hf.dipnet.trajectories import check_model, fold_trajectories
 from dip_hf.ibvi.layer import Covariance, all_active_covariances, forget_posterior, make_point, note_sample
 from dip_hf.noise import NoiseKey
 from dip_hf.noise_state import NoiseState, Sampling, given_mask
-from dip_hf.peft_compat import BaseTunerLayer, LoraLayer, convert_targets
+from dip_hf.peft_compat import BaseTunerLayer, LoraLayer, convert_targets, include_all_linear_layers
 
 
 class DIPNetModel(SavedLoraModel):
@@ -80,7 +81,11 @@ class DIPNetModel(SavedLoraModel):
             return []
         assert config.all_block_names is not None  # resolved before
         chosen = select_blocks(config.all_block_names, config.variational_blocks, "variational_blocks")
-        check_targets(model, config, chosen, lambda name: bool(self._check_target_module_exists(config, name)))
+        named = self._prepare_adapter_config(
+            copy.copy(config), self.get_model_config(model)
+        )  # with PEFT's own targets
+        named = include_all_linear_layers(named, model)
+        check_targets(model, config, chosen, lambda name: bool(self._check_target_module_exists(named, name)))
         return chosen
 
     def _resolve_blocks(self, model: nn.Module, config: DIPNetConfig) -> list[int]:
@@ -89,8 +94,7 @@ class DIPNetModel(SavedLoraModel):
             self.decoder_blocks = find_visible_blocks(model, [self.decoder_blocks, config.found_block_names])
         config.found_block_names = self.decoder_blocks if config.block_names is None else None
         names = config.all_block_names or []
-        missing = [name for name in names if name not in modules]
-        if missing:
+        if missing := [name for name in names if name not in modules]:
             raise ValueError(f"block_names: {missing} are no modules of {type(model).__name__}; correct the names.")
         chosen = select_blocks(names, config.noise_blocks, "noise_blocks") if config.projected else []
         for layer in chosen:
@@ -241,14 +245,12 @@ class DIPNetModel(SavedLoraModel):
                 yield sampling.log_variances
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """As PEFT's, after which every layer has the same active adapters.
-
-        PEFT lets each layer choose its next one among those it holds, and adapters need not noise the same blocks.
-        """
+        """As PEFT's, after which every layer has the same active adapters, and one at least where one is left."""
+        # PEFT lets each layer choose its next one among those it holds, and adapters need not noise the same blocks
         was_active = adapter_name in self.active_adapters
         super().delete_adapter(adapter_name)
-        if was_active and self.active_adapters:
-            self.set_adapter(self.active_adapters)
+        if was_active and self.peft_config:
+            self.set_adapter(self.active_adapters or next(iter(self.peft_config)))
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any

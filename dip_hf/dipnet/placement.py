@@ -44,8 +44,6 @@ def check_targets(
             f"{sorted(config.target_parameters)} and cannot have a posterior; name others, such as attention's, or "
             "set variational_rank to 0."
         )
-    if config.target_modules is None or config.target_modules == "all-linear":
-        return  # PEFT knows them only later, and they are linear layers
     names = config.all_block_names or []
     inside = {name: module for name, module in model.named_modules() if block_of(name, names, blocks) is not None}
     targets = {name: module for name, module in inside.items() if is_target(name)}

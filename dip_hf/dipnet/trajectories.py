@@ -25,7 +25,7 @@ def repeat_rows(tensor: Tensor, trajectories: int) -> Tensor:
 
 
 def _fold_argument(value: Any, batch: int, trajectories: int) -> Any:
-    """Repeat batch-shaped tensors, inside tuples too; leave what is not batch-shaped (1-D, or broadcast) alone."""
+    """Repeat batch-shaped tensors, inside tuples too; leave what is not batch-shaped (1-D, or of one row) alone."""
     if isinstance(value, tuple):
         return tuple(_fold_argument(item, batch, trajectories) for item in value)
     if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == batch > 1:
@@ -33,12 +33,14 @@ def _fold_argument(value: Any, batch: int, trajectories: int) -> Any:
     return value
 
 
-def _fold_named(name: str, value: Any, batch: int, trajectories: int) -> Any:
+def _fold_named(name: str, value: Any, batch: int, length: int, trajectories: int) -> Any:
     """`_fold_argument` for an argument of that name."""
     if name in _CUMULATIVE_LENGTHS and value is not None:
         return _fold_cumulative_lengths(value, trajectories)
-    if name == "attention_mask" and isinstance(value, Tensor) and value.shape[0] == batch == 1:
-        return repeat_rows(value, trajectories)  # told by its name, since every broadcast tensor has one row
+    one_row = isinstance(value, Tensor) and value.shape[:1] == (batch,) == (1,)
+    # What is broadcast has one row too: rows of the batch are told by the name, or by the shape of hidden states
+    if one_row and (name == "attention_mask" or (value.dim() == 3 and value.shape[1] == length)):
+        return repeat_rows(value, trajectories)
     return _fold_argument(value, batch, trajectories)
 
 
@@ -67,6 +69,11 @@ def check_model(model: nn.Module, trajectories: int) -> None:
             f"output_router_logits=True with trajectories={trajectories}: the experts' balance loss counts the "
             "batch's rows once in every block; set output_router_logits=False, or train one trajectory."
         )
+    if getattr(config, "_attn_implementation", None) == "flex_attention":
+        raise ValueError(
+            f"trajectories={trajectories} with attn_implementation='flex_attention': its masks know the batch's rows "
+            "and cannot be repeated; use 'sdpa' or a flash attention, or sample one trajectory at a time."
+        )
     if getattr(config, "model_type", None) == "gpt_bigcode":
         raise ValueError(
             f"trajectories={trajectories}: GPT-BigCode gives its output the shape of its input, which has fewer rows; "
@@ -80,7 +87,7 @@ def _check_foldable(hidden_states: Tensor, others: dict[str, Any], trajectories:
         ValueError: the block takes something that has no rows to repeat.
     """
     by_head = [name for name in BY_HEAD if others.get(name) is not None]
-    shared = [name for name, value in others.items() if isinstance(value, Mapping) and value]
+    shared = [name for name, value in others.items() if isinstance(value, Mapping | list) and value]
     remedy = "set num_trajectories (or num_samples) to 1"
     if hidden_states.dim() > 3:
         reason = f"hidden states of shape {tuple(hidden_states.shape)}"
@@ -124,8 +131,11 @@ def fold_trajectories(blocks: Sequence[nn.Module], trajectories: int, state: Noi
             _check_foldable(states, call.others(block), trajectories)
             call = call.with_hidden_states(repeat_rows(states, trajectories))
             state.tokens = call.hidden_states.shape[:-1].numel()
-        return call.changed(block, partial(_fold_named, batch=batch, trajectories=trajectories))
+        named = partial(_fold_named, batch=batch, length=states.shape[1], trajectories=trajectories)
+        return call.changed(block, named)
 
+    if trajectories > 1:
+        state.tokens = 0  # until the first of the blocks has run
     with ExitStack() as hooks:
         for block in blocks if trajectories > 1 else ():
             hooks.enter_context(block.register_forward_pre_hook(fold, with_kwargs=True, prepend=True))

@@ -150,10 +150,10 @@ class CheckedLoraModel(LoraModel):
     """`LoraModel` that compares an adapter from a file with the model, before it allocates and before it loads."""
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's; an option in a file that PEFT trips over, in whatever way, is the file's fault.
+        """As PEFT's; an option in a file that PEFT trips over, in whatever way but for want of memory, is the file's.
 
         Raises:
-            ValueError: for a configuration from a file, in place of any error.
+            ValueError: for a configuration from a file, in place of any other error.
         """
         config = self.peft_config[adapter_name]
         if config._weight_shapes is not None:
@@ -161,7 +161,7 @@ class CheckedLoraModel(LoraModel):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception as error:
-            if config._weight_shapes is None or isinstance(error, ValueError):
+            if config._weight_shapes is None or isinstance(error, ValueError | torch.OutOfMemoryError):
                 raise
             raise ValueError(
                 f"adapter_config.json cannot be applied to {type(model).__name__} ({type(error).__name__}: {error}); "

@@ -81,7 +81,7 @@ def test_a_model_of_ones_own() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.second(self.first(x))
 
-    with pytest.raises(ValueError, match=r"block_names=None: Own is no transformers model"):
+    with pytest.raises(ValueError, match=r"block_names=None: Own has no config with a number of layers"):
         adapt(Own(), task_type=None, target_modules=["first"])
     with pytest.raises(ValueError, match=r"input size of 'second' \(Sequential\).*name `nn.Linear` modules instead"):
         adapt(Own(), task_type=None, target_modules=["first"], block_names=["second"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import BdLoraConfig
 from peft.tuners.lora.config import MontecloraConfig
 from torch import Tensor
+from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
 
 from dip_hf import DIPNetModel
 from tests.dipnet.models import KEY, adapt, batch, build, config, load_base, logits, noisy, sites
@@ -155,3 +157,40 @@ def test_input_dtype_casting_is_switched_as_for_lora() -> None:
     with disable_input_dtype_casting(model):
         cast = noisy(model)
     assert torch.equal(cast, noisy(model))
+
+
+@pytest.mark.parametrize("mask", ["by kind", "generation config"])
+def test_a_mask_that_does_not_say_which_tokens_are_padding(base: str, mask: str) -> None:
+    model = adapt(build("gemma3") if mask == "by kind" else load_base(base)).train()
+    if mask == "by kind":  # transformers takes one mask for each kind of attention
+        model(batch()["input_ids"], attention_mask={"full_attention": None, "sliding_attention": None})
+    else:
+        with model.base_model.sampling(KEY):
+            model.generate(batch()["input_ids"], GenerationConfig(max_new_tokens=1, do_sample=False))
+    assert all(site.leaf("default").rms.item() > 0 for site in sites(model))
+
+
+def test_an_encoder_s_padding_does_not_count_for_the_decoder() -> None:
+    sizes = {
+        "vocab_size": 50,
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_heads": 4,
+        "num_layers": 2,
+        "num_decoder_layers": 1,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        base = T5ForConditionalGeneration(T5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0)).eval()
+    inputs = batch(padded=True)
+    scales = []
+    for mask in (inputs["attention_mask"], torch.ones_like(inputs["attention_mask"])):
+        model = adapt(copy.deepcopy(base), target_modules=[], task_type="SEQ_2_SEQ_LM").train()
+        base_inputs = {"input_ids": inputs["input_ids"], "decoder_input_ids": inputs["input_ids"]}
+        model(**base_inputs, attention_mask=torch.ones_like(mask), decoder_attention_mask=mask)
+        scales.append(sites(model)[0].leaf("default").rms.item())
+    embedded = base.shared(inputs["input_ids"])
+    rms = embedded.square().mean(-1).sqrt()
+    expected = [rms[inputs["attention_mask"].bool()].median().item(), rms.median().item()]
+    assert scales == pytest.approx(expected) and scales[0] != scales[1]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from tests.dipnet.models import KEY, adapt, batch, config, load_base, noisy, sites
+from tests.dipnet.models import KEY, adapt, batch, config, load_base, logits, noisy, sites
 
 
 def test_adapters_that_take_turns_draw_by_their_own_seeds(base: str) -> None:
@@ -55,3 +55,12 @@ def test_weighted_adapters_without_lora(base: str) -> None:
     with pytest.raises(ValueError, match=r"adapters=\['default', 'other'\] have noise and no LoRA weights to add up"):
         model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "both")
     assert list(model.peft_config) == ["default", "other"]
+
+
+def test_deleting_the_active_adapter_activates_another_that_shares_no_layer(base: str) -> None:
+    model = adapt(load_base(base), "a", noise_blocks=[0], target_modules=[])
+    model.add_adapter("b", config(noise_blocks=[3], target_modules=["layers.3.mlp.up_proj"]))
+    with pytest.warns(UserWarning, match="was active which is now deleted"):
+        model.delete_adapter("a")
+    assert model.active_adapters == ["b"] and model.active_adapter == "b"
+    assert not torch.equal(noisy(model), logits(model))

@@ -16,7 +16,7 @@ from dip_hf import NoiseKey
 from dip_hf.dipnet.trajectories import fold_trajectories, repeat_rows
 from dip_hf.noise import derive_seed, gaussian
 from dip_hf.noise_state import NoiseState
-from tests.dipnet.models import FAMILIES, VOCABULARY, adapt, batch, build
+from tests.dipnet.models import FAMILIES, VOCABULARY, adapt, batch, build, config
 
 
 KEY = NoiseKey(5, step=2)
@@ -107,6 +107,21 @@ def test_a_padded_row() -> None:
         block(torch.zeros(1, 3, 4), attention_mask=mask)
         block(torch.zeros(1, 3, 4), mask)  # XGLM's blocks are called so
     assert all(torch.equal(each, mask.repeat(2, 1)) for each in seen) and len(seen) == 2
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_second_input_of_a_block_is_repeated_with_its_first(rows: int) -> None:
+    """As Zamba's blocks take the embeddings beside the hidden states, and any block what it broadcasts."""
+
+    class Block(nn.Module):
+        def forward(self, hidden_states: Tensor, embeddings: Tensor, scale: Tensor) -> Tensor:
+            assert scale.shape == (1, 1, 4)
+            return torch.cat([hidden_states * scale, embeddings], -1)
+
+    block, states, embeddings = Block(), torch.randn(rows, 3, 4), torch.randn(rows, 3, 2)
+    with fold_trajectories([block], 2, NoiseState()):
+        folded = block(states, embeddings, scale=torch.ones(1, 1, 4))
+    assert torch.equal(folded, torch.cat([states, embeddings], -1).repeat(2, 1, 1))
 
 
 def test_what_has_no_rows_to_repeat_is_refused() -> None:
@@ -200,6 +215,36 @@ def test_an_output_with_the_inputs_rows_is_refused() -> None:
         assert model(**batch()).logits.isfinite().all()
     with pytest.raises(ValueError, match="trajectories=2: GPT-BigCode"), model.base_model.sampling(KEY, 2):
         pass
+
+
+def test_masks_that_cannot_be_repeated_are_refused() -> None:
+    model = adapt(build(), noise_blocks=2)
+    model.get_base_model().config._attn_implementation = "flex_attention"
+    message = r"trajectories=2 with attn_implementation='flex_attention'.*use 'sdpa'"
+    with pytest.raises(ValueError, match=message), model.base_model.sampling(KEY, 2):
+        pass
+
+
+def test_states_in_a_list_are_refused() -> None:
+    """RWKV's blocks fill a list that all of them share, with a row for each of the batch."""
+    config = tf.RwkvConfig(vocab_size=VOCABULARY, hidden_size=16, attention_hidden_size=16, num_hidden_layers=2)
+    model = adapt(tf.RwkvForCausalLM(config).eval(), target_modules=[], noise_blocks=1)
+    with pytest.raises(ValueError, match=r"num_trajectories=2: .* takes state, "), model.base_model.sampling(KEY, 2):
+        model(**batch())
+
+
+def test_an_adapter_that_noises_an_earlier_block_than_folds_is_refused() -> None:
+    model = adapt(build(), noise_blocks=[2])
+    model.add_adapter("earlier", config(noise_blocks=[1]))
+    model.add_adapter("renumbered", config(noise_blocks=[1], block_names=["model.layers.1", "model.layers.2"]))
+    message = r"trajectories=3: noise of '{}' sees 30 tokens of 0; .*same block_names"
+    with model.base_model.sampling(KEY, 3):
+        model.set_adapter("earlier")
+        with pytest.raises(ValueError, match=message.format("earlier")):
+            model(**batch())
+    model.set_adapter("renumbered")
+    with model.base_model.sampling(KEY, 3), pytest.raises(ValueError, match=message.format("renumbered")):
+        model(**batch())
 
 
 def test_a_head_that_picks_a_token_for_each_given_row_is_refused() -> None:

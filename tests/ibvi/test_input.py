@@ -58,6 +58,14 @@ def test_a_rank_that_is_no_whole_number(rank: Any) -> None:
             r"variational_blocks=\[1\] holds no module of target_modules='.*layers",
         ),
         ({"target_modules": ["embed_tokens", "lm_head"]}, "variational_blocks='all' holds no module"),
+        (
+            {"target_modules": "all-linear", "exclude_modules": r".*layers\.3\..*", "variational_blocks": 1},
+            "variational_blocks=1 holds no module of target_modules='all-linear'",
+        ),
+        (
+            {"target_modules": None, "layers_to_transform": [0], "variational_blocks": 1},
+            "variational_blocks=1 holds no module of target_modules=None",
+        ),
     ],
     ids=str,
 )

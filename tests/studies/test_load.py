@@ -107,7 +107,12 @@ def test_a_bad_file_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], 
             "arms.b, size 8, trial 0: variance_weight has no effect at learn_noise=False",
         ),
         (
-            {"arms": {"lora": {}, "b": {"adapter": "dipnet", "noise_blocks": "0", "variational_rank": 2, "noise_scale": 0.2}}},
+            {
+                "arms": {
+                    "lora": {},
+                    "b": {"adapter": "dipnet", "noise_blocks": "0", "variational_rank": 2, "noise_scale": 0.2},
+                }
+            },
             "arms.b, size 8, trial 0: noise_scale has no effect at noise_blocks='0'",
         ),
         (
