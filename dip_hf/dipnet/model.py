@@ -67,7 +67,7 @@ class DIPNetModel(SavedLoraModel):
         )
         for name, site in earlier.items():
             site.keep_outside(model.get_submodule(name.rpartition(".")[0]))
-        # After PEFT's own injection, which takes a model that already holds tuner layers for a second adapter's.
+        # After PEFT's own injection, which takes a model that already holds tuner layers for a second adapter's
         self.noise_state = self._shared_state(model)
         # EVA fills LoRA's weights alone that were made without memory, and no file the log-variances
         without_memory = low_cpu_mem_usage and config.init_lora_weights != "eva"
@@ -126,10 +126,9 @@ class DIPNetModel(SavedLoraModel):
             adapter_name, config.noise_scale, config.learn_noise, config.noise_in_eval, config.noise_seed
         )
         leaf = site.leaf(adapter_name)
-        parameter = next(block.parameters(), None)
         if without_memory:
             leaf.weight = nn.Parameter(leaf.weight.to("meta"))  # assigned on loading, like LoRA's
-        if parameter is not None and not parameter.is_meta:
+        if (parameter := next(block.parameters(), None)) is not None and not parameter.is_meta:
             leaf.rms = leaf.rms.to(parameter.device)
             if not without_memory:
                 # Past `register_parameter`, by which PEFT puts new ones on the meta device where memory is saved
