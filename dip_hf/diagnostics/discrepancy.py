@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from dip_hf.diagnostics.passes import DEFAULT_KEY, EmbeddingPass, noise_free, prepare_batches
+from dip_hf.diagnostics.passes import DEFAULT_KEY, EmbeddingPass, prepare_batches
+from dip_hf.dipnet.plain_pass import noise_free
 from dip_hf.dres import DReSBranch, DReSOptions
 from dip_hf.dres.functional import affine_error, coding_matrices
 from dip_hf.noise import NoiseKey

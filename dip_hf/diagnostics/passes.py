@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dip_hf.diagnostics.functional import IGNORED
-from dip_hf.dipnet.layer import NoiseSite
-from dip_hf.ibvi.layer import Covariance
 from dip_hf.noise import NoiseKey, derive_seed, gaussian
 
 
@@ -89,28 +87,6 @@ def prepare_batches(batches: Iterable[Mapping[str, Tensor]], device: torch.devic
         first += len(ids)
     if first == 0:
         raise ValueError("batches is empty: give at least one batch.")
-
-
-@contextmanager
-def noise_free(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in evaluation mode, without noise and at its posterior's mean, whatever `noise_in_eval`."""
-    training = {module: module.training for module in model.modules()}
-    noisy = [(site, dict(site.noise_in_eval)) for site in model.modules() if isinstance(site, NoiseSite)]
-    sampled = [leaf for leaf in model.modules() if isinstance(leaf, Covariance) and leaf.in_eval]
-    model.eval()
-    for site, flags in noisy:
-        site.noise_in_eval = dict.fromkeys(flags, False)
-    for leaf in sampled:
-        leaf.in_eval = False
-    try:
-        yield
-    finally:
-        for module, flag in training.items():
-            module.training = flag
-        for site, flags in noisy:
-            site.noise_in_eval = flags
-        for leaf in sampled:
-            leaf.in_eval = True
 
 
 class EmbeddingPass:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from dip_hf.diagnostics.functional import Answers, add_relative_noise, fgsm, teacher_forced
-from dip_hf.diagnostics.passes import DEFAULT_KEY, EmbeddingPass, noise_free, prepare_batches
+from dip_hf.diagnostics.passes import DEFAULT_KEY, EmbeddingPass, prepare_batches
+from dip_hf.dipnet.plain_pass import noise_free
 from dip_hf.noise import NoiseKey
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dip_hf.diagnostics.functional import spectral_norms, teacher_forced
-from dip_hf.diagnostics.passes import DEFAULT_KEY, EmbeddingPass, noise_free, prepare_batches
+from dip_hf.diagnostics.passes import DEFAULT_KEY, EmbeddingPass, prepare_batches
+from dip_hf.dipnet.plain_pass import noise_free
 from dip_hf.noise import NoiseKey
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 import dip_hf  # noqa: F401  # registers the DIPNet adapter with PEFT, for stock `--model hf` too
+from dip_hf.dipnet.plain_pass import noise_free
 from dip_hf.evaluation.sampling import Ensemble, Sampler, averaged_outputs, make_sampler
 from dip_hf.loading import load_adapter
 from dip_hf.noise import NoiseKey
@@ -77,9 +78,9 @@ class DIPLM(HFLM):
     Args:
         pretrained: as in `hf`: a folder, a name on the Hub, or a loaded model.
         num_samples: k samples of a DIPNet adapter's noise and posterior, or of dropout, whose probabilities are
-            averaged. 0 is `hf` itself: noise-free, by the posterior's mean (unless the adapter was saved with
-            `noise_in_eval=True`); but generated texts keep a leading space with every tokenizer, probabilities are
-            in float32, and an adapter finds its base with all rows of the vocabulary that it was trained with.
+            averaged. 0 is `hf` itself, but noise-free and by the posterior's mean where an adapter was saved with
+            `noise_in_eval=True` too; generated texts keep a leading space with every tokenizer, probabilities are in
+            float32, and an adapter finds its base with all rows of the vocabulary that it was trained with.
         noise_seed: samples are a function of this seed; those of noise and dropout, of the order of calls too.
         dropout: sample a LoRA adapter's dropout.
         temperature: logits are divided by it; greedy generation stays as it is.
@@ -148,7 +149,8 @@ class DIPLM(HFLM):
         """As `hf`'s, over the temperature; averages are log-probabilities. Shape (batch, length, vocabulary)."""
         sampler = self._sampler
         if sampler is None:
-            logits = super()._model_call(inps, attn_mask, labels)
+            with noise_free(self.model):
+                logits = super()._model_call(inps, attn_mask, labels)
             return logits if self.temperature == 1.0 else logits.float() / self.temperature
         mixed = self.mixed_precision_dtype
         with torch.autocast(self.device.type, dtype=mixed, enabled=mixed is not None):
@@ -163,16 +165,16 @@ class DIPLM(HFLM):
             ValueError: sampled tokens or beams are asked of an average, or at a temperature.
         """
         sampler = self._sampler
-        if sampler is None and self.temperature == 1.0:
-            return super()._model_generate(context, max_length, stop, **generation_kwargs)
-        if generation_kwargs.get("do_sample") or generation_kwargs.get("num_beams", 1) > 1:
+        is_drawn = generation_kwargs.get("do_sample") or generation_kwargs.get("num_beams", 1) > 1
+        if is_drawn and (sampler is not None or self.temperature != 1.0):
             asked = [f"{name}={generation_kwargs[name]}" for name in _DRAWN if name in generation_kwargs]
             raise ValueError(
                 f"{', '.join(asked)}: with num_samples={self.num_samples} and a model at temperature="
                 f"{self.temperature} answers are generated greedily; leave these out, or predict by one plain pass"
             )
         if sampler is None:
-            return super()._model_generate(context, max_length, stop, **generation_kwargs)
+            with noise_free(self.model):
+                return super()._model_generate(context, max_length, stop, **generation_kwargs)
         batch, copies = context.shape[0], sampler.copies
         if "attention_mask" in generation_kwargs:
             generation_kwargs["attention_mask"] = generation_kwargs["attention_mask"].repeat(copies, 1)

@@ -1,6 +1,10 @@
-"""Dropout at test time and ensembles against plain loops over single passes."""
+"""Dropout at test time and ensembles against plain loops over single passes, and what a plain pass is."""
 
 from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -111,6 +115,20 @@ def test_monteclora_loads_and_predicts_by_its_mean(
     with torch.no_grad():
         expected = merged.merge_and_unload()(tokens).logits
     torch.testing.assert_close(model._model_call(tokens), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["dipnet_folder", "posterior_folder"])
+def test_a_plain_pass_is_noise_free_whatever_the_adapter_was_saved_with(
+    kind: str, base_folder: str, tokens: torch.Tensor, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(kind)
+    noisy = Path(shutil.copytree(folder, tmp_path / "noisy")) / "adapter_config.json"
+    noisy.write_text(json.dumps({**json.loads(noisy.read_text()), "noise_in_eval": True}))
+    plain, ours = load(base_folder, folder), load(base_folder, str(tmp_path / "noisy"))
+    torch.testing.assert_close(ours._model_call(tokens), plain._model_call(tokens), rtol=0, atol=0)
+    assert generate(ours, tokens) == generate(plain, tokens)
+    with torch.no_grad():
+        assert not torch.equal(ours.model(tokens).logits, plain.model(tokens).logits)  # as it was
 
 
 def test_dropout_on_a_device_whose_generator_is_not_seeded(base_folder: str, dropout_folder: str) -> None:
