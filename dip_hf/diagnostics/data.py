@@ -72,7 +72,9 @@ def file_rows(path: str | Path, limit: int | None = None) -> list[dict[str, str]
     return rows
 
 
-def make_batches(rows: Sequence[Mapping[str, str]], tokenizer: Any, batch_size: int) -> list[dict[str, Tensor]]:
+def make_batches(
+    rows: Sequence[Mapping[str, str]], tokenizer: Any, batch_size: int, positions: int | None = None
+) -> list[dict[str, Tensor]]:
     """Tokenize rows as TRL's SFTTrainer does under a completion-only loss.
 
     The end-of-sequence token is added to a completion that lacks it; labels start where the tokens of prompt and
@@ -82,22 +84,28 @@ def make_batches(rows: Sequence[Mapping[str, str]], tokenizer: Any, batch_size: 
         rows: each with `prompt` and `completion`.
         tokenizer: the model's.
         batch_size: rows per batch; the last batch may be smaller.
+        positions: how many the model has; None where it says none.
 
     Returns:
         Dicts with `input_ids`, `attention_mask` and `labels`, shape (batch, length), padded on the right.
 
     Raises:
-        ValueError: `batch_size` < 1.
+        ValueError: `batch_size` < 1, or a row with more tokens than the model has positions.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1.")
     examples = []
-    for row in rows:
+    for number, row in enumerate(rows, 1):
         completion = row["completion"]
         if tokenizer.eos_token is not None and not completion.endswith(tokenizer.eos_token):
             completion += tokenizer.eos_token
         prompt = tokenizer(row["prompt"])["input_ids"]
         ids = tokenizer(row["prompt"] + completion)["input_ids"]
+        if positions is not None and len(ids) > positions:
+            raise ValueError(
+                f"rows: row {number}, {row['prompt'][:40]!r}..., has {len(ids)} tokens, and the model {positions} "
+                "positions: shorten it, or leave it out."
+            )
         shared = next((i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), len(prompt))
         examples.append((torch.tensor(ids), shared))
     pad = partial(pad_sequence, batch_first=True)

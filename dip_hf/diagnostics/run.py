@@ -181,13 +181,14 @@ def diagnose(settings: DiagnoseSettings) -> dict[str, Any]:
         rows = suite_rows(families, settings.split, settings.limit, settings.level)
     device = resolve_device(settings.device)
     model, tokenizer = load_checkpoint(settings.adapter, settings.base, device)
-    batches = make_batches(rows, tokenizer, settings.batch_size)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # none with ALiBi
+    batches = make_batches(rows, tokenizer, settings.batch_size, positions)
     key = NoiseKey(settings.seed)
     results = robustness(model, batches, noise_scales=settings.noise_scales, fgsm_scales=settings.fgsm_scales, key=key)
     for rate in settings.rates():
         misspelt = [{**row, "prompt": add_instruction_typos(row["prompt"], rate, settings.seed)} for row in rows]
         typos = robustness(
-            model, make_batches(misspelt, tokenizer, settings.batch_size), noise_scales=(), fgsm_scales=()
+            model, make_batches(misspelt, tokenizer, settings.batch_size, positions), noise_scales=(), fgsm_scales=()
         )
         results[f"typos_{rate:g}"] = typos["none"]
     try:

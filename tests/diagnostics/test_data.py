@@ -31,6 +31,13 @@ def test_batches_hold_all_rows(base_folder: str) -> None:
         make_batches(ROWS, tokenizer, 0)
 
 
+def test_a_row_with_more_tokens_than_the_model_has_positions(base_folder: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    assert len(make_batches(ROWS, tokenizer, 2, positions=8)) == 1
+    with pytest.raises(ValueError, match=r"row 2, 'a:'\.\.\., has 8 tokens, and the model 7 positions: shorten it"):
+        make_batches(ROWS, tokenizer, 2, positions=7)
+
+
 class Merging:
     """Splits at spaces but joins a space to what follows it, so that "a" + " b" is tokenized otherwise than "a"."""
 

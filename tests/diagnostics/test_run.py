@@ -99,6 +99,13 @@ def test_bad_options_are_named_and_write_nothing(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_row_beyond_the_models_positions(base_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"prompt": "a" * 512, "completion": "b"}))
+    assert main(["diagnose", base_folder, "--dataset", str(path), "--output_dir", str(tmp_path / "out")]) == 2
+    assert "has 514 tokens, and the model 512 positions" in capsys.readouterr().err
+
+
 def test_bad_checkpoints(lora_folder: str, base_folder: str, dataset: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nosuch.*no folder"):
         load_checkpoint(str(tmp_path / "nosuch"), None, "cpu")
