@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,22 @@ def _check_whole_answer(task: Any) -> None:
         )
 
 
+def check_choices(tasks: Iterable[Any], limit: int | None) -> None:
+    """Refuse tasks of choices with an item whose right answer is none of them, and so has no probability.
+
+    Args:
+        tasks: lm-eval's.
+        limit: the first so many items of each task; None: all of them.
+
+    Raises:
+        ValueError: names the task, the answer and the choices.
+    """
+    for task in tasks:
+        if task.OUTPUT_TYPE == "multiple_choice":
+            for doc in islice(task.eval_docs, limit):
+                _right(task, {"doc": doc, "target": task.doc_to_target(doc)})
+
+
 def check_right_or_wrong(task: str, metric: str, scores: Iterable[float]) -> None:
     """Refuse graded scores: a confidence is the probability of being right, so there must be right and wrong.
 
@@ -95,7 +112,7 @@ def answer_likelihoods(
         metric: name of the score, which says how a choice is made among choices.
 
     Raises:
-        ValueError: a multiple-choice score other than "acc" and "acc_norm".
+        ValueError: a multiple-choice score other than "acc" and "acc_norm", or as `check_choices`.
     """
     if task.OUTPUT_TYPE == "multiple_choice":
         pairs = [_choice(task, sample, metric) for sample in samples]
@@ -115,7 +132,7 @@ def fit_to_validation(model: DIPLM, tasks: Sequence[Any], limit: int) -> float:
         limit: the first so many items of each task.
 
     Raises:
-        ValueError: a task has no validation split, or is evaluated on it.
+        ValueError: a task has no validation split, or is evaluated on it; or as `check_choices`.
     """
     check_validation(tasks)
     generated: list[tuple[str, str, Sequence[str]]] = []
@@ -179,7 +196,13 @@ def _right(task: Any, sample: dict[str, Any]) -> list[int]:
     target = task.doc_to_text(sample["doc"]) if task.multiple_input else sample["target"]
     targets = target if isinstance(target, list) else [target]
     choices = task.doc_to_choice(sample["doc"])
-    return [choices.index(one) if isinstance(one, str) else one for one in targets]
+    right = [choices.index(one) if isinstance(one, str) and one in choices else one for one in targets]
+    if not right or any(index not in range(len(choices)) for index in right):
+        raise ValueError(
+            f"calibration: task {task.task_name} has an item whose right answer {target!r} is none of its choices "
+            f"{choices}; leave the task out, or turn calibration off"
+        )
+    return right
 
 
 def _choice(task: Any, sample: dict[str, Any], metric: str) -> tuple[float, float]:

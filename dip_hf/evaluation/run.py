@@ -19,6 +19,7 @@ from dip_hf.evaluation.calibration_report import check_in_distribution
 from dip_hf.evaluation.checkpoints import Checkpoint, check_checkpoints
 from dip_hf.evaluation.likelihoods import (
     answer_likelihoods,
+    check_choices,
     check_output_types,
     check_right_or_wrong,
     check_validation,
@@ -69,6 +70,7 @@ def prepare_tasks(settings: EvaluationSettings, checkpoints: Sequence[Checkpoint
         keep_families(loaded, settings.families)
     if settings.calibration:
         check_output_types(loaded["tasks"].values())
+        check_choices(loaded["tasks"].values(), settings.limit)
         home = _in_distribution(settings, loaded)
         if tempered:
             check_validation(loaded["tasks"][name] for name in home)

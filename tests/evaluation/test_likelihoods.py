@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from dip_hf.evaluation.calibration import TEMPERATURES
 from dip_hf.evaluation.likelihoods import (
     answer_likelihoods,
+    check_choices,
     check_output_types,
     check_right_or_wrong,
     check_validation,
@@ -148,6 +150,17 @@ def test_multiple_choice_takes_lm_evals_likelihoods() -> None:
     assert math.isclose(nll, -math.log(0.6))  # with several inputs, the text field names the right one
     with pytest.raises(ValueError, match="'exact_match' of task colours is no score of a choice"):
         answer_likelihoods(None, choice_task(), [sample], "exact_match")
+
+
+@pytest.mark.parametrize("target", ["C", 2, -1, [0, 2], []])
+def test_a_right_answer_that_is_no_choice_is_refused_before_a_model_is_loaded(target: object) -> None:
+    docs = [{"choices": ["A", "B"], "target": right} for right in ("B", 0, [0, 1], target)]
+    task = choice_task(eval_docs=docs, doc_to_target=lambda doc: doc["target"])
+    tasks = [task, SimpleNamespace(OUTPUT_TYPE="generate_until")]
+    check_choices(tasks, 3)
+    message = re.escape(f"calibration: task colours has an item whose right answer {target!r} is none of its choices")
+    with pytest.raises(ValueError, match=message):
+        check_choices(tasks, None)
 
 
 def test_a_fitted_temperature_has_the_least_loss_on_the_validation_split(base_folder: str, lora_folder: str) -> None:
