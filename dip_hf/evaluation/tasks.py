@@ -29,7 +29,8 @@ def load_tasks(
     """Load tasks and groups with their data.
 
     Args:
-        names: task or group names; patterns such as "dip_unseen_*" work.
+        names: task or group names; patterns such as "dip_unseen_*" work. A member of a group that is named too counts
+            in that group alone.
         include_path: folder of task files besides lm-eval's own.
         limit: number of items that will be used of each task, so that no more need be generated; None: all.
         validation_items: number of validation items to generate for each of this project's tasks.
@@ -60,8 +61,9 @@ def load_tasks(
             hint = f"did you mean {', '.join(close)}?" if close else "`lm-eval ls tasks` lists lm-eval's own"
             raise ValueError(f"tasks: {name!r} is neither a task nor a group; {hint}")
     matched = dict.fromkeys(match for name in names for match in fnmatch.filter(manager.all_tasks, name))
+    held = {member for name in matched for member in _members(name, manager)}
     seed_tasks({})
-    loaded: dict[str, Any] = manager.load(list(matched))
+    loaded: dict[str, Any] = manager.load([name for name in matched if name not in held])
     for name, task in loaded["tasks"].items():
         if split != "test" and "family" not in (task.config.dataset_kwargs or {}):
             raise ValueError(f"split={split!r}: task {name} is lm-eval's own, on a split of its own; use split='test'")
@@ -95,10 +97,27 @@ def _missing(name: str, manager: TaskManager) -> Iterator[str]:
     if not matches:
         yield name
     for match in matches:
-        members = (manager.task_index[match].cfg or {}).get("task")
-        if isinstance(members, list):
-            for member in members:
-                yield from _missing(member["task"] if isinstance(member, dict) else member, manager)
+        yield from (member for member in _members(match, manager) if member not in manager.task_index)
+
+
+def _members(name: str, manager: TaskManager) -> Iterator[str]:
+    """What a group or a tag holds by name, at any depth."""
+    if name in manager.all_tags:
+        yield from manager.task_index[name].tags
+    elif name in manager.task_index:
+        yield from _listed((manager.task_index[name].cfg or {}).get("task"), manager)
+
+
+def _listed(members: Any, manager: TaskManager) -> Iterator[str]:
+    """The same of a group's list; a task has none."""
+    for member in members if isinstance(members, list) else ():
+        fields = member if isinstance(member, dict) else {"task": member}
+        inner = fields["group"] if "group" in fields else fields["task"]
+        if "group" in fields and inner not in manager.task_index:  # a group that is made in this list
+            yield from _listed(fields.get("task"), manager)
+        else:
+            yield inner
+            yield from _members(inner, manager)
 
 
 def keep_families(loaded: dict[str, Any], families: Iterable[str]) -> None:

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from lm_eval.tasks import TaskManager
 
-from dip_hf.evaluation.tasks import item_scores, keep_families, load_tasks, task_sets
+from dip_hf.evaluation.tasks import _members, _missing, item_scores, keep_families, load_tasks, task_sets
 from dip_hf.reasoning import FINETUNING, PRETRAINING, UNSEEN, make_split
 
 
@@ -73,6 +73,26 @@ def test_tasks_are_averaged_in_their_innermost_group(loaded: dict[str, Any]) -> 
     assert task_sets(load_tasks([f"dip_unseen_{UNSEEN[0].name}"], EVALS, limit=2)) == {
         f"dip_unseen_{UNSEEN[0].name}": f"dip_unseen_{UNSEEN[0].name}"
     }
+
+
+@pytest.mark.parametrize(
+    "names", [["dip_reasoning*"], ["dip_reasoning_unseen", "dip_reasoning", f"dip_unseen_{UNSEEN[0].name}"]]
+)
+def test_what_a_named_group_holds_may_be_named_too(names: list[str], loaded: dict[str, Any]) -> None:
+    own = load_tasks(names, EVALS, limit=2)
+    sets = set(task_sets(own).values())
+    assert sets == set(task_sets(loaded).values()) - (set() if "*" in names[0] else {"dip_reasoning_pretraining"})
+
+
+def test_members_of_tags_and_of_groups_made_in_a_list(tmp_path: Path) -> None:
+    """As lm-eval's own groups have them."""
+    for name in ("one", "two", "three"):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, "tag": "numbers"}))
+    inner = [{"group": "inner", "task": ["numbers"]}, {"task": "four", "num_fewshot": 1}]
+    (tmp_path / "outer.yaml").write_text(yaml.safe_dump({"group": "outer", "task": inner}))
+    manager = TaskManager(include_path=tmp_path, include_defaults=False)
+    assert sorted(_members("outer", manager)) == ["four", "numbers", "one", "three", "two"]
+    assert list(_missing("outer", manager)) == ["four"] and list(_missing("five", manager)) == ["five"]
 
 
 def test_families_leave_the_other_shifts_alone() -> None:
