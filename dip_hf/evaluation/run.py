@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval.api.task
+import torch
 from lm_eval.evaluator import evaluate
 from transformers import AutoTokenizer
 
@@ -107,16 +108,17 @@ def load_model(settings: EvaluationSettings, checkpoint: Checkpoint) -> DIPLM:
     The base is loaded anew for each: taking an adapter off again is exact for some kinds of adapter only.
 
     Raises:
-        ValueError: the base, the adapter or the tokenizer cannot be loaded, or cannot predict as asked.
+        ValueError: the base, the adapter or the tokenizer cannot be loaded, or cannot predict as asked, or not on the
+            device that was asked for.
     """
-    field, base = "model", settings.model
+    field, base, device = "model", settings.model, resolve_device(settings.device)
     if checkpoint.path is not None and not checkpoint.is_adapter:
         field, base = f"checkpoints: {checkpoint.name}", checkpoint.path
     tokenizer = _own_tokenizer(checkpoint)
     if tokenizer is None and base != settings.model:
         tokenizer = settings.model
     try:
-        return DIPLM(
+        model = DIPLM(
             pretrained=base,
             peft=checkpoint.path if checkpoint.is_adapter else None,
             tokenizer=tokenizer,
@@ -124,13 +126,20 @@ def load_model(settings: EvaluationSettings, checkpoint: Checkpoint) -> DIPLM:
             noise_seed=settings.noise_seed,
             dropout=checkpoint.dropout,
             batch_size=settings.batch_size,
-            device=resolve_device(settings.device),
+            device=device,
             dtype=settings.dtype,
             **({"use_safetensors": True} if Path(base).is_dir() else {}),
         )
     except OSError as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{field}={base!r} cannot be loaded ({reason}): give another folder or name") from error
+    asked = torch.device(device)
+    if asked.type != model.device.type or asked.index not in (None, model.device.index):
+        raise ValueError(
+            f"device={device!r}: lm-eval, which does not know it, took {str(model.device)!r}; name one that it knows, "
+            "such as 'cpu', 'cuda' or 'cuda:0'"
+        )
+    return model
 
 
 def _own_tokenizer(checkpoint: Checkpoint) -> Any | None:

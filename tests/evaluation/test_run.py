@@ -149,6 +149,12 @@ def test_a_damaged_tokenizer_of_an_adapter_is_named(
         load_model(settings_for(base_folder), Checkpoint("one", str(own)))
 
 
+@pytest.mark.parametrize("device", ["meta", "cpu:0"])
+def test_a_device_that_lm_eval_would_exchange_for_another(device: str, base_folder: str) -> None:
+    with pytest.raises(ValueError, match=rf"device='{device}': lm-eval, .* took '(cpu|cuda)'; name one that it knows"):
+        load_model(settings_for(base_folder, device=device), Checkpoint("base"))
+
+
 def test_several_processes_are_refused(base_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"WORLD_SIZE=2: an evaluation is one process; start it with python"):
