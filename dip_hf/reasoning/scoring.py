@@ -26,6 +26,7 @@ def score_answer(family: str, answer_text: str, row: Mapping[str, Any]) -> float
         row: a row of `make_split`; its `metadata` holds the question's entry.
 
     Returns:
-        reasoning-gym's score in [0, 1]; exactly 1.0 is a correct answer, less is partial credit for form.
+        reasoning-gym's score in [0, 1]; exactly 1.0 is an answer that it takes for correct, less is partial credit
+        for form. Its scorer of number_sorting takes every number that is off by at most 1, where the list is sorted.
     """
     return float(_scorer(family).score_answer(answer_text.strip(), json.loads(row["metadata"])))

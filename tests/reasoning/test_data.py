@@ -144,6 +144,14 @@ def test_scores_follow_the_answer():
     assert score_answer("chain_sum", f"{int(answer) + 1}", row) < 1.0
 
 
+def test_the_scorer_of_number_sorting_takes_numbers_that_are_off_by_one():
+    """reasoning-gym's own, which is kept; see `score_answer`."""
+    row = make_split("number_sorting", "test", 1)[0]
+    numbers = [float(number) for number in json.loads(row["completion"].replace("'", '"'))]
+    for shift, score in ((0, 1.0), (1, 1.0), (-1, 1.0), (1.01, 0.0)):
+        assert score_answer("number_sorting", json.dumps([str(number + shift) for number in numbers]), row) == score
+
+
 def test_without_reasoning_gym_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(ImportError, match="install dip_hf with its extra 'reasoning'"):
