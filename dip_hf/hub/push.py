@@ -20,11 +20,8 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, Reposit
 from huggingface_hub.hf_api import RepoFile
 
 from dip_hf.hub.settings import PushSettings
-from dip_hf.hub.stage import Staging, is_of_a_run, stage
+from dip_hf.hub.stage import RECORD_NAME, Staging, is_of_a_run, stage
 
-
-RECORD_NAME = ".dip_hf_push.json"
-"""In a run's folder: where it was pushed to, and the commit that each push made. Never pushed itself."""
 
 WAITS = (1.0, 2.0, 4.0, 8.0)
 """Seconds before each further attempt at what the client itself tries only once."""
@@ -62,8 +59,8 @@ def push(
 
     The commit names the head that was looked at as its parent, so that it fails where someone pushes in between. A
     repository's head that did not come from this folder (see `RECORD_NAME`) is overwritten with `settings.force` only.
-    Files of an earlier run's weights that this push lacks, and pickles of transformers' own pushes, are deleted in
-    the same commit.
+    Files of an earlier run that this push lacks, and what transformers' own pushes of its folder left besides, are
+    deleted in the same commit.
 
     Args:
         settings: what and where to.

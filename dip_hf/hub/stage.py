@@ -31,11 +31,15 @@ from dip_hf.model_files import model_weights
 from dip_hf.peft_compat import LoraLayer
 
 
+RECORD_NAME = ".dip_hf_push.json"
+"""In a run's folder: where it was pushed to, and the commit that each push made. No push of ours has it; Trainer's own
+pushes of a whole folder do, until the next of ours."""
 LORA_FOLDER = "lora"
 MERGED_FOLDER = "merged"
 _WEIGHTS = re.compile(
     r"(?:adapter_model|model|pytorch_model)(?:-\d+-of-\d+)?\.(?:safetensors|bin)(?:\.index\.json)?|training_args\.bin"
 )
+_RECORDS = (TRAINING_NAME, ENVIRONMENT_NAME, RECORD_NAME, REPORT_NAME)
 _CONFIGS = (CONFIG_NAME, "config.json", "generation_config.json")
 
 # What tokenizers and processors save; anything else in a run's folder stays there
@@ -215,9 +219,9 @@ def _refuse_tokens(staging: Staging) -> None:
 
 
 def is_of_a_run(name: str) -> bool:
-    """Whether a file is weights, or says what is true of other weights than those that are now pushed."""
+    """Whether a file is weights or a tokenizer's, or says what is true of other weights than those now pushed."""
     folder, _, file = name.rpartition("/")
-    if name.startswith((f"{EVALUATION_FOLDER}/", f"{BENCHMARK_FOLDER}/")) or name in (TRAINING_NAME, ENVIRONMENT_NAME):
+    if name.startswith((f"{EVALUATION_FOLDER}/", f"{BENCHMARK_FOLDER}/")) or name in _RECORDS:
         return True
-    is_own = file in _CONFIGS or _WEIGHTS.fullmatch(file) is not None
+    is_own = file in (*_CONFIGS, *_TOKENIZER_FILES) or _WEIGHTS.fullmatch(file) is not None
     return is_own and folder in ("", LORA_FOLDER, MERGED_FOLDER)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from dip_hf.hub import PushSettings, push
+from dip_hf.hub.stage import is_of_a_run
 from tests.hub.conftest import BASE
 
 
@@ -83,3 +84,10 @@ def test_a_config_without_a_type_is_not_pushed(run_folder: Path, base_folder: Pa
     for folder, message in ((run_folder, "names no peft_type"), (whole, "names no model_type")):
         with pytest.raises(ValueError, match=message):
             push(PushSettings(folder=str(folder), repo_id="you/run", base_model=BASE, dry_run=True))
+
+
+def test_what_a_later_push_removes() -> None:
+    removed = ["tokenizer.json", "merged/chat_template.jinja", "lora/tokenizer_config.json", "adapter_config.json"]
+    removed += [".dip_hf_push.json", "report.json", "evaluation/report.png", "merged/model-00001-of-00002.safetensors"]
+    kept = ["README.md", ".gitattributes", "other/tokenizer.json", "other/report.json", "notes.txt"]
+    assert [name for name in (*removed, *kept) if is_of_a_run(name)] == removed
