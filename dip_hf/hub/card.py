@@ -21,6 +21,8 @@ from dip_hf.hub.settings import is_repo_id
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes for --max-lora-rank."""
+_TRAINED = ("dip_hf", "trl", "sft")
+"""Tags of what this project trained."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,7 @@ def render_card(
         tags: besides this project's own.
     """
     methods = methods_on(run)
+    recorded = run.training is not None
     refusal = vllm_refusal(run.adapter) if lora is not None else None
     metadata = ModelCardData(
         base_model=run.base_model,
@@ -150,7 +153,7 @@ def render_card(
         library_name="transformers" if run.kind == MODEL else "peft",
         pipeline_tag="text-generation",
         datasets=[name for name in run.datasets if _is_on_hub(name)] or None,
-        tags=sorted({"dip_hf", "trl", "sft", *(method.name.lower() for method in methods), *tags}),
+        tags=sorted({*(_TRAINED if recorded else ()), *(method.name.lower() for method in methods), *tags}),
         model_name=repo_id.rpartition("/")[2],
         eval_results=None if results is None else results.model_index(),
     )
@@ -160,6 +163,7 @@ def render_card(
         datasets=[scrub(name) for name in run.datasets],
         is_model=run.kind == MODEL,
         base=run.base_model or "BASE_MODEL",
+        recorded=recorded,
         repo_id=repo_id,
         name=repo_id.rpartition("/")[2],
         methods=methods,

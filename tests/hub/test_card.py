@@ -49,6 +49,18 @@ def test_only_methods_that_were_on_are_named_and_cited() -> None:
     assert "No regulariser of dip_hf was on." in render_card(run("LORA", {"r": 8}), "you/run", lora="")
 
 
+@pytest.mark.parametrize("kind", ["LORA", "model"])
+def test_what_no_record_says_was_trained_here_is_not_said_to_be(kind: str) -> None:
+    adapter = {"r": 8} if kind == "LORA" else {}
+    recorded, plain = (
+        render_card(run(kind, adapter, training=training), "you/run", lora="" if kind == "LORA" else None)
+        for training in ({}, None)
+    )
+    for word in ("`DIPSFTTrainer`", "\n- trl\n", "\n- sft\n", "\n- dip_hf\n", "github.com/huggingface/trl"):
+        assert word in recorded and word not in plain
+    assert ("A `LORA` adapter for `you/base`.\n" if kind == "LORA" else "`you/base` fine-tuned whole.\n") in plain
+
+
 def test_it_says_how_to_load_three_ways() -> None:
     text = render_card(run(), "you/run", lora="lora")
     assert "import dip_hf" in text
