@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 """Tensor names of a weight file, and the shapes that its header declares."""
 LARGEST_CONFIG = 1 << 20
 """Bytes; a config that lists every module of a large model has a few hundred thousand."""
+
+_REVISION = re.compile(r"(?!-|.*\.\.)[\w.+@-]+(?:/[\w.+@-]+)*")
 
 
 def check_adapter_folder(folder: str | Path, require_weights: bool = True) -> None:
@@ -79,6 +82,24 @@ def read_config(folder: Path) -> Mapping[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{config} holds no JSON object; save or download the adapter again.")
     return content
+
+
+def base_revision(config: Mapping[str, Any]) -> str | None:
+    """Branch, tag or commit at which an adapter's base on the Hub was trained on; None for main.
+
+    Args:
+        config: content of the adapter's config file.
+
+    Raises:
+        ValueError: it is none that Git could have.
+    """
+    revision = config.get("revision")
+    if revision is not None and not (isinstance(revision, str) and _REVISION.fullmatch(revision)):
+        raise ValueError(
+            f"revision={revision!r} in {CONFIG_NAME} is no branch, tag or commit of the base; correct it, or set it "
+            "to null for main."
+        )
+    return None if revision == "main" else revision
 
 
 def declared_shapes(folder: Path) -> Shapes:

@@ -24,15 +24,12 @@ def load_base(source: str | Path, **options: Any) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, trust_remote_code=False, **options)
 
 
-def load_adapter(
-    base: PreTrainedModel, adapter: str | Path, revision: str | None = None, tokens: int = 0
-) -> PeftModel:
+def load_adapter(base: PreTrainedModel, adapter: str | Path, tokens: int = 0) -> PeftModel:
     """`PeftModel.from_pretrained`, for any kind of adapter, which leaves out weights that fit nothing in the base.
 
     Args:
         base: the model; it is changed in place.
         adapter: a folder, or a name on the Hub.
-        revision: of a name on the Hub.
         tokens: of the adapter's tokenizer. A base with fewer embeddings gets as many, as it had in training.
 
     Raises:
@@ -41,9 +38,9 @@ def load_adapter(
     if tokens > base.get_input_embeddings().num_embeddings:
         base.resize_token_embeddings(tokens)
     try:
-        model = PeftModel.from_pretrained(base, adapter, revision=revision)
+        model = PeftModel.from_pretrained(base, adapter)
         # Once more, for what the first call has found and not returned
-        check_loaded_whole(model, model.load_adapter(adapter, model.active_adapter, revision=revision), adapter)
+        check_loaded_whole(model, model.load_adapter(adapter, model.active_adapter), adapter)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:

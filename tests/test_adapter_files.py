@@ -10,7 +10,14 @@ import safetensors.torch
 import torch
 from safetensors.torch import load_file, save_file
 
-from dip_hf.adapter_files import CONFIG_NAME, CONVERSION, PICKLED_NAME, WEIGHTS_NAME, check_adapter_folder
+from dip_hf.adapter_files import (
+    CONFIG_NAME,
+    CONVERSION,
+    PICKLED_NAME,
+    WEIGHTS_NAME,
+    base_revision,
+    check_adapter_folder,
+)
 
 
 @pytest.fixture
@@ -83,3 +90,12 @@ def test_the_remedy_for_a_pickled_weight_file(folder: Path, monkeypatch: pytest.
 def test_a_pickle_beside_a_safetensors_file_is_not_read(folder: Path) -> None:
     (folder / PICKLED_NAME).write_bytes(b"anything")
     check_adapter_folder(folder)
+
+
+def test_the_revision_of_a_base_is_none_but_a_name() -> None:
+    assert base_revision({}) is base_revision({"revision": None}) is base_revision({"revision": "main"}) is None
+    for revision in ("v2.0", "refs/pr/1", "0" * 40):
+        assert base_revision({"revision": revision}) == revision
+    for revision in (2, ["v2"], "", "../../v2", "/v2", "v2/", "--v2", 'v2")', "v2\n", "v 2"):
+        with pytest.raises(ValueError, match=r"revision=.* in adapter_config.json is no branch.*; correct it, or set"):
+            base_revision({"revision": revision})

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoTokenizer
 
-from dip_hf.adapter_files import CONFIG_NAME, check_adapter_folder, read_config
+from dip_hf.adapter_files import CONFIG_NAME, base_revision, check_adapter_folder, read_config
 from dip_hf.diagnostics.data import file_rows, make_batches, suite_rows
 from dip_hf.diagnostics.discrepancy import reconstruction_errors
 from dip_hf.diagnostics.picture import draw
@@ -128,9 +128,12 @@ class DiagnoseSettings:
 def load_checkpoint(adapter: str, base: str | None, device: str) -> tuple[Any, Any]:
     """A model in fp32 and evaluation mode, and its tokenizer: the adapter folder's own, or else the base's.
 
+    A base on the Hub is loaded at the revision in the adapter's config.
+
     Raises:
         ValueError: the folder is missing, damaged or pickled, names no base, or the base cannot be loaded.
     """
+    revision = None
     is_adapter = (Path(adapter) / CONFIG_NAME).is_file()
     if is_adapter:
         check_adapter_folder(adapter)
@@ -139,6 +142,7 @@ def load_checkpoint(adapter: str, base: str | None, device: str) -> tuple[Any, A
         if not base:
             raise ValueError(f"adapter={adapter!r} names no base model in its {CONFIG_NAME}; give base.")
         check_base("base", base)
+        revision = base_revision(config)
     elif not Path(adapter).is_dir():
         raise ValueError(f"adapter={adapter!r} is no folder: give the one that training wrote.")
     else:
@@ -147,9 +151,11 @@ def load_checkpoint(adapter: str, base: str | None, device: str) -> tuple[Any, A
             raise ValueError(f"base={base!r}: {adapter!r} is a whole model and stands on no base; leave base out.")
     source = base or adapter
     try:
-        model = load_base(source, dtype=torch.float32)
+        model = load_base(source, dtype=torch.float32, revision=revision)
         own = (Path(adapter) / "tokenizer_config.json").is_file()
-        tokenizer = AutoTokenizer.from_pretrained(adapter if own else source, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            adapter if own else source, revision=None if own else revision, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:  # a ValueError where code of the folder's own would have to run
         place = f"base={source!r} or the tokenizer in adapter={adapter!r}"
         raise ValueError(f"{place} cannot be loaded ({error}); give base, a folder or a name.") from error

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dip_hf.adapter_files import CONFIG_NAME, check_adapter_folder, read_config
+from dip_hf.adapter_files import CONFIG_NAME, base_revision, check_adapter_folder, read_config
 from dip_hf.model_files import check_base, check_model_folder
 
 
@@ -103,7 +103,8 @@ def check_checkpoints(checkpoints: Sequence[Checkpoint], model: str, num_samples
 
     Raises:
         ValueError: none, two of one name, a missing folder, or missing, pickled or truncated weights; samples of what
-            has none; an ensemble of anything but LoRA adapters. Names the field, the value and the remedy.
+            has none; an ensemble of anything but LoRA adapters; adapters of several revisions of a base on the Hub.
+            Names the field, the value and the remedy.
     """
     if not checkpoints:
         raise ValueError("checkpoints is empty: name at least one, as `base` (the model itself) or `name=folder`")
@@ -117,12 +118,32 @@ def check_checkpoints(checkpoints: Sequence[Checkpoint], model: str, num_samples
         for folder in checkpoint.folders:
             _check_folder(field, folder)
         _check_prediction(field, checkpoint, num_samples)
+    common_revision(checkpoints, model)
     if num_samples > 0 and not any(one.samples is None and one.num_samples(num_samples) for one in checkpoints):
         kinds = ", ".join(checkpoint.kind for checkpoint in checkpoints)
         raise ValueError(
             f"num_samples={num_samples} needs a checkpoint with a DIPNet adapter or `,dropout`, got {kinds}: add one, "
             "or set num_samples=0"
         )
+
+
+def common_revision(checkpoints: Sequence[Checkpoint], model: str) -> str | None:
+    """The revision of the base that its adapters were trained on; None for main, and for a folder, which has none.
+
+    Raises:
+        ValueError: a base on the Hub whose adapters were trained on several.
+    """
+    if Path(model).is_dir():
+        return None
+    folders = [Path(folder) for checkpoint in checkpoints for folder in checkpoint.folders]
+    found = {base_revision(read_config(folder)): folder for folder in folders if (folder / CONFIG_NAME).is_file()}
+    if len(found) > 1:
+        (one, first), (other, second) = list(found.items())[:2]
+        raise ValueError(
+            f"checkpoints: {first} was trained on revision {one or 'main'} of its base, and {second} on "
+            f"{other or 'main'}: evaluate them apart, or correct `revision` in {CONFIG_NAME}"
+        )
+    return next(iter(found), None)
 
 
 def _check_folder(field: str, folder: str) -> None:

@@ -84,7 +84,8 @@ class DIPLM(HFLM):
         noise_seed: samples are a function of this seed; those of noise and dropout, of the order of calls too.
         dropout: sample a LoRA adapter's dropout.
         temperature: logits are divided by it; greedy generation stays as it is.
-        **kwargs: as in `hf`. `peft` may name several LoRA adapters, `A+B+C`, whose probabilities are averaged.
+        **kwargs: as in `hf`, but `revision` is the base's alone, and an adapter on the Hub is that of its main branch.
+            `peft` may name several LoRA adapters, `A+B+C`, whose probabilities are averaged.
 
     Raises:
         ValueError: `num_samples` < 0, or > 0 without anything to sample; `temperature` ≤ 0; or two kinds of averages,
@@ -135,7 +136,7 @@ class DIPLM(HFLM):
             return
         super()._create_model(pretrained, revision=revision, **kwargs)
         if peft is not None:
-            self._model = load_adapter(self._model, peft, revision, tokens=len(self.tokenizer))
+            self._model = load_adapter(self._model, peft, tokens=len(self.tokenizer))
             # `hf` goes on to tie the head to the embeddings again, of which the adapter may have brought its own
             for module in self._model.modules():  # a text model inside of another has a config of its own
                 if isinstance(module, PreTrainedModel):

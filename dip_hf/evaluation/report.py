@@ -214,6 +214,8 @@ def to_markdown(report: Report, picture: str | None = None, calibration_picture:
     items = describe_items(settings.limit, [block.items for block in report.tasks])
     families = "" if settings.families is None else f"families {', '.join(settings.families)}; "
     others = _other_table(report.sets, report.names)
+    revision = report.results[0].revision
+    base = f"`{settings.model}`" + (f" at `{revision}`" if revision else "")
     parts = [
         f"# Evaluation of {', '.join(report.names)}",
         describe_split(settings.split),
@@ -227,7 +229,7 @@ def to_markdown(report: Report, picture: str | None = None, calibration_picture:
         "## Single tasks",
         markdown(_main_table(report.tasks), _RIGHT) if len(report.tasks) > len(report.sets) else "As above.",
         "## Settings",
-        f"Base `{settings.model}`; {families}split {settings.split}; {items}; dtype {settings.dtype}; batch size "
+        f"Base {base}; {families}split {settings.split}; {items}; dtype {settings.dtype}; batch size "
         f"{settings.batch_size}; noise seed {settings.noise_seed}; {RESAMPLES} bootstrap resamples, seed "
         f"{BOOTSTRAP_SEED}.",
         f"Device {environment['device']}; Python {environment['python']}; {packages}; commit {environment['commit']}.",
@@ -267,6 +269,7 @@ def to_json(report: Report) -> str:
             for result in report.results
         ],
         "reference": report.names[0],
+        "revision": report.results[0].revision,
         "task_sets": [asdict(value) for value in report.sets],
         "tasks": [
             asdict(value) | {"task_set": task.task_set}

@@ -136,6 +136,7 @@ class CheckpointScores:
         tasks: in the order in which they were loaded.
         temperature: fitted, where one was asked for; else None.
         weights: for each folder that was loaded, its weight files' SHA-256; none for a base from the Hub.
+        revision: of a base from the Hub, for all checkpoints alike; None for main.
     """
 
     checkpoint: Checkpoint
@@ -145,6 +146,7 @@ class CheckpointScores:
     tasks: tuple[TaskScores, ...]
     temperature: float | None = None
     weights: tuple[dict[str, str], ...] = ()
+    revision: str | None = None
 
     @property
     def prediction(self) -> Prediction:

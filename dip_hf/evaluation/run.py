@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from dip_hf.environment import resolve_device
 from dip_hf.evaluation.calibration_report import check_in_distribution
-from dip_hf.evaluation.checkpoints import Checkpoint, check_checkpoints
+from dip_hf.evaluation.checkpoints import Checkpoint, check_checkpoints, common_revision
 from dip_hf.evaluation.likelihoods import (
     answer_likelihoods,
     check_choices,
@@ -96,16 +96,22 @@ def evaluate_checkpoints(
     Raises:
         ValueError: a model cannot be loaded, or an answer cannot be calibrated.
     """
+    revision = common_revision(checkpoints, settings.model)
     for index, checkpoint in enumerate(checkpoints, start=1):
-        where = checkpoint.path or settings.model
+        where = checkpoint.path or (f"{settings.model} at {revision}" if revision else settings.model)
         print(f"[{index}/{len(checkpoints)}] {checkpoint.name}: {checkpoint.kind}, {where}", flush=True)
-        yield _evaluate_one(settings, checkpoint, tasks)
+        yield _evaluate_one(settings, checkpoint, tasks, revision)
 
 
-def load_model(settings: EvaluationSettings, checkpoint: Checkpoint) -> DIPLM:
+def load_model(settings: EvaluationSettings, checkpoint: Checkpoint, revision: str | None = None) -> DIPLM:
     """A checkpoint as it predicts, with the tokenizer saved beside it (its first adapter), or else the base's.
 
     The base is loaded anew for each: taking an adapter off again is exact for some kinds of adapter only.
+
+    Args:
+        settings: of the evaluation.
+        checkpoint: which one.
+        revision: of a base on the Hub; None for main.
 
     Raises:
         ValueError: the base, the adapter or the tokenizer cannot be loaded, or cannot predict as asked, or not on the
@@ -120,6 +126,7 @@ def load_model(settings: EvaluationSettings, checkpoint: Checkpoint) -> DIPLM:
     try:
         model = DIPLM(
             pretrained=base,
+            revision=revision or "main",
             peft=checkpoint.path if checkpoint.is_adapter else None,
             tokenizer=tokenizer,
             num_samples=checkpoint.num_samples(settings.num_samples),
@@ -156,13 +163,15 @@ def _own_tokenizer(checkpoint: Checkpoint) -> Any | None:
         ) from error
 
 
-def _evaluate_one(settings: EvaluationSettings, checkpoint: Checkpoint, tasks: dict[str, Any]) -> CheckpointScores:
+def _evaluate_one(
+    settings: EvaluationSettings, checkpoint: Checkpoint, tasks: dict[str, Any], revision: str | None
+) -> CheckpointScores:
     folders = checkpoint.folders or ([settings.model] if Path(settings.model).is_dir() else [])
     weights = tuple(weight_digests(folder) for folder in folders)
     start = time.perf_counter()
     temperature = None
     with _quiet():
-        model = load_model(settings, checkpoint)
+        model = load_model(settings, checkpoint, revision)
         if checkpoint.temperature:
             home = _in_distribution(settings, tasks)
             held_out = load_tasks(home, settings.include_path, limit=1, validation_items=VALIDATION_ITEMS)["tasks"]
@@ -172,7 +181,9 @@ def _evaluate_one(settings: EvaluationSettings, checkpoint: Checkpoint, tasks: d
         assert results is not None  # None is for ranks other than 0, which `prepare_tasks` refuses
         scores = [_task_scores(settings, model, tasks, *named) for named in results["samples"].items()]
     num_samples, seconds = checkpoint.num_samples(settings.num_samples), time.perf_counter() - start
-    return CheckpointScores(checkpoint, checkpoint.kind, num_samples, seconds, tuple(scores), temperature, weights)
+    return CheckpointScores(
+        checkpoint, checkpoint.kind, num_samples, seconds, tuple(scores), temperature, weights, revision
+    )
 
 
 def _task_scores(

@@ -163,6 +163,7 @@ def render_card(
         datasets=[scrub(name) for name in run.datasets],
         is_model=run.kind == MODEL,
         base=run.base_model or "BASE_MODEL",
+        revision=run.base_revision,
         recorded=recorded,
         repo_id=repo_id,
         name=repo_id.rpartition("/")[2],

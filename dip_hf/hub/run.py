@@ -10,9 +10,15 @@ from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard
-from safetensors import safe_open
 
-from dip_hf.adapter_files import CONFIG_NAME, WEIGHTS_NAME, check_adapter_folder, check_inside, read_config
+from dip_hf.adapter_files import (
+    CONFIG_NAME,
+    base_revision,
+    check_adapter_folder,
+    check_inside,
+    declared_shapes,
+    read_config,
+)
 from dip_hf.hub.record import ENVIRONMENT_NAME, TRAINING_NAME
 from dip_hf.hub.settings import check_repo_id, is_repo_id
 from dip_hf.model_files import check_model_folder
@@ -46,6 +52,11 @@ class FinishedRun:
     datasets: tuple[str, ...]
 
     @property
+    def base_revision(self) -> str | None:
+        """The base's branch, tag or commit; None for main, and for a whole model."""
+        return base_revision(self.adapter)
+
+    @property
     def noise_only(self) -> bool:
         """Whether it is a DIPNet adapter of noise alone, by its configuration."""
         return self.kind == "DIPNET" and self.adapter.get("target_modules") == DUMMY_TARGET_MODULES
@@ -53,8 +64,7 @@ class FinishedRun:
     @property
     def has_plain_weights(self) -> bool:
         """Whether an adapter has weights besides a DIPNet adapter's own, so that a plain LoRA copy makes sense."""
-        with safe_open(self.folder / WEIGHTS_NAME, framework="pt") as file:
-            return any(not is_own(name) for name in file.keys())  # noqa: SIM118  (no mapping)
+        return any(not is_own(name) for name in declared_shapes(self.folder))
 
 
 def read_run(folder: str | Path, base_model: str | None = None, datasets: list[str] | None = None) -> FinishedRun:

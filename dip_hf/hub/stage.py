@@ -179,7 +179,7 @@ def _stage_merged(run: FinishedRun, target: Path, staging: Staging) -> None:
     base = local_base(run.adapter.get("base_model_name_or_path") or "", run.folder) or run.base_model
     has_tokenizer = (run.folder / "tokenizer_config.json").is_file()
     try:
-        loaded = load_base(base)
+        loaded = load_base(base, revision=run.base_revision)  # which a folder has none of
         tokens = len(AutoTokenizer.from_pretrained(run.folder, trust_remote_code=False)) if has_tokenizer else 0
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]

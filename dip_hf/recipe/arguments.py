@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, MontecloraConfig
@@ -145,8 +146,10 @@ class AdapterArguments(ModelConfig):
         """
         if self.adapter == "none":
             return None
+        is_default = self.model_revision == "main" or Path(str(self.model_name_or_path)).is_dir()  # which has none
         lora: dict[str, Any] = {
             "task_type": self.lora_task_type,
+            "revision": None if is_default else self.model_revision,  # of the base, by which AutoPeft loads it
             "r": self.lora_r,
             "lora_alpha": self.lora_alpha,
             "lora_dropout": self.lora_dropout,

@@ -14,6 +14,7 @@ from dip_hf.cli import main
 from dip_hf.diagnostics import make_batches, robustness, smoothness
 from dip_hf.diagnostics.run import DiagnoseSettings, load_checkpoint
 from tests.dipnet import models
+from tests.hub_cache import cache_model
 
 
 @pytest.fixture
@@ -125,6 +126,18 @@ def test_bad_checkpoints(lora_folder: str, base_folder: str, dataset: str, tmp_p
     for place in ("file", "file/within/it"):
         with pytest.raises(ValueError, match=r"output_dir='.*': .*file is a file; name a folder"):
             DiagnoseSettings(lora_folder, output_dir=str(tmp_path / place))
+
+
+def test_a_base_on_the_hub_is_loaded_at_its_revision(
+    lora_folder: str, base_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache_model("you/base", "v2", Path(base_folder), tmp_path / "cache", monkeypatch)
+    folder = Path(shutil.copytree(lora_folder, tmp_path / "trained"))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config |= {"base_model_name_or_path": "you/base", "revision": "v2"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    model, _ = load_checkpoint(str(folder), None, "cpu")
+    assert model.peft_type == "LORA"
 
 
 def test_results_go_to_a_folder_of_the_adapters_name() -> None:

@@ -15,10 +15,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from dip_hf.evaluation.checkpoints import Checkpoint
-from dip_hf.evaluation.report import make_report
+from dip_hf.evaluation.report import make_report, to_json, to_markdown
 from dip_hf.evaluation.results import CheckpointScores, EvaluationSettings
 from dip_hf.evaluation.run import evaluate_checkpoints, load_model, prepare_tasks
 from dip_hf.model_files import weight_digests
+from tests.hub_cache import cache_model
 
 
 ROOT = Path(__file__).parents[2]
@@ -50,6 +51,29 @@ def test_checkpoints_are_scored_on_the_same_items(
     output = capfd.readouterr()
     assert "[2/3] lora: LORA" in output.out
     assert "Running generate_until requests" in output.err
+
+
+def test_a_base_on_the_hub_is_loaded_at_the_revision_of_its_adapters(
+    base_folder: str,
+    lora_folder: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cache_model("you/base", "v2", Path(base_folder), tmp_path / "cache", monkeypatch)
+    trained = Path(shutil.copytree(lora_folder, tmp_path / "trained"))
+    config = json.loads((trained / "adapter_config.json").read_text())
+    (trained / "adapter_config.json").write_text(json.dumps({**config, "revision": "v2"}))
+    settings = settings_for("you/base", tasks=TASKS[:1], limit=1)
+    results = evaluate(settings, [Checkpoint("base"), Checkpoint("lora", str(trained))])
+    assert [result.revision for result in results] == ["v2", "v2"]
+    assert "[1/2] base: base, you/base at v2" in capsys.readouterr().out
+    report = make_report(settings, results)
+    assert "Base `you/base` at `v2`;" in to_markdown(report) and json.loads(to_json(report))["revision"] == "v2"
+    both = [Checkpoint("one", str(trained)), Checkpoint("other", lora_folder)]
+    with pytest.raises(ValueError, match=r"trained was trained on revision v2 of its base, and .* on main: evaluate"):
+        prepare_tasks(settings, both)
+    prepare_tasks(settings_for(base_folder), both)  # a folder has none
 
 
 def test_a_graded_score_stops_a_calibration_after_the_first_checkpoint(

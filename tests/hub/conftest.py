@@ -12,13 +12,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dip_hf import DIPNetConfig, DIPSFTConfig
+from dip_hf.hub import PushSettings
+from dip_hf.hub.record import write_record
+from dip_hf.hub.stage import Staging, stage
 from tests.hub.repo import TOKEN
 from tests.hub.server import Hub
 from tests.recipes.support import ROOT, save_small_model
 
 
 BASE = "you/base"
+
+
+def staged(folder: Path, work: Path, **changes: Any) -> Staging:
+    work.mkdir()
+    return stage(PushSettings(str(folder), "you/run", **changes), work)
+
+
+def save_adapter(base: Path, folder: Path, config: LoraConfig) -> PeftModel:
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    model.save_pretrained(folder)
+    return model
 
 
 @pytest.fixture(scope="session")
@@ -92,12 +109,6 @@ def run_folder(finished_run: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def finished_run(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What DIPSFTTrainer leaves, without the training: a DIPNet adapter, its tokenizer and its record."""
-    from peft import get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from dip_hf import DIPNetConfig, DIPSFTConfig
-    from dip_hf.hub.record import write_record
-
     folder = tmp_path_factory.mktemp("finished")
     config = DIPNetConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_folder), config)

@@ -75,6 +75,14 @@ def test_adapters_become_peft_configs(tmp_path: Path) -> None:
     assert parse(path, "--adapter", "none")[2].peft_config() is None
 
 
+@pytest.mark.parametrize("adapter", ["dipnet", "lora", "monteclora"])
+def test_an_adapter_knows_the_revision_of_its_base(adapter: str, tmp_path: Path) -> None:
+    words = ("--adapter", adapter, "--model_revision")
+    for model, given, kept in (("some/model", "v2", "v2"), ("some/model", "main", None), (str(tmp_path), "v2", None)):
+        path = write(tmp_path, model_name_or_path=model)
+        assert parse(path, *words, given)[2].peft_config().revision == kept
+
+
 @pytest.mark.parametrize("adapter", ["dipnet", "lora"])
 def test_one_target_is_a_name_and_no_pattern(adapter: str, tmp_path: Path) -> None:
     """TRL makes a text of a list of one, which PEFT would match against whole names."""
