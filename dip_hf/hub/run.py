@@ -10,9 +10,11 @@ from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 
 from dip_hf.adapter_files import (
     CONFIG_NAME,
+    WEIGHTS_NAME,
     base_revision,
     check_adapter_folder,
     check_inside,
@@ -65,6 +67,15 @@ class FinishedRun:
     def has_plain_weights(self) -> bool:
         """Whether an adapter has weights besides a DIPNet adapter's own, so that a plain LoRA copy makes sense."""
         return any(not is_own(name) for name in declared_shapes(self.folder))
+
+    @property
+    def embedding_rows(self) -> int | None:
+        """Rows of the embeddings or the head that an adapter brings, as many as its base must have; None without."""
+        if not (self.folder / WEIGHTS_NAME).is_file():
+            return None
+        shapes = declared_shapes(self.folder)
+        owners = {name.removesuffix(".weight").removesuffix(".base_layer"): shape for name, shape in shapes.items()}
+        return next((shape[0] for name, shape in owners.items() if name.split(".")[-1] in EMBEDDING_LAYER_NAMES), None)
 
 
 def read_run(folder: str | Path, base_model: str | None = None, datasets: list[str] | None = None) -> FinishedRun:

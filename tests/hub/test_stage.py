@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from dip_hf import DIPNetConfig, export_lora
 from dip_hf.hub.push import describe
@@ -39,7 +41,7 @@ def test_plain_lora_is_its_own_copy(base_folder: Path, tmp_path: Path) -> None:
     assert str(base_folder) in (tmp_path / "lora" / "adapter_config.json").read_text()  # read only
     card = staging.files["README.md"].read_text()
     assert 'subfolder="lora"' not in card and "import dip_hf" not in card and "--max-lora-rank 8" in card
-    assert "revision=" not in card
+    assert "resize_token_embeddings" not in card and "revision=" not in card
 
 
 def test_noise_alone_has_no_lora_copy(base_folder: Path, tmp_path: Path) -> None:
@@ -70,6 +72,29 @@ def test_a_whole_models_card_names_no_local_base(
     (folder / "README.md").write_text(f"---\nbase_model: {base}\n---\n")
     monkeypatch.chdir(base_folder)
     assert (base in staged(folder, tmp_path / "work").files["README.md"].read_text()) == (base == "you/origin")
+
+
+@pytest.mark.parametrize("kind", [LoraConfig, DIPNetConfig])
+@pytest.mark.parametrize(
+    "targets",
+    [
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+    ],
+    ids=str,
+)
+def test_the_card_makes_room_for_added_tokens(
+    kind: type[LoraConfig], targets: dict[str, Any], base_folder: Path, tmp_path: Path
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(base_folder)
+    rows = base.get_input_embeddings().num_embeddings + 2
+    base.resize_token_embeddings(rows)
+    config = kind(r=2, task_type="CAUSAL_LM", **targets)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PEFT, that it saves the embeddings
+        get_peft_model(base, config).save_pretrained(tmp_path / "run")
+    card = staged(tmp_path / "run", tmp_path / "work", base_model=BASE).files["README.md"].read_text()
+    assert f'from_pretrained("{BASE}")\nbase.resize_token_embeddings({rows})  # as in training\nmodel = Peft' in card
 
 
 def test_results_and_benchmarks(run_folder: Path, tmp_path: Path) -> None:
