@@ -19,6 +19,7 @@ from dip_hf.noise import NoiseKey
 
 
 _MLP_NAMES = ("mlp", "feed_forward", "ffn", "mlp_block")
+_OF_EXPERTS = ("experts", "router")
 
 
 def find_mlp(name: str, block: nn.Module) -> tuple[str, nn.Module]:
@@ -29,7 +30,7 @@ def find_mlp(name: str, block: nn.Module) -> tuple[str, nn.Module]:
         block: the block.
 
     Raises:
-        ValueError: the block has no MLP of its own module, or one that is no smooth map of a token alone.
+        ValueError: the block has no MLP of its own module, or one that is no map of a token alone.
     """
     child, mlp = next(((child, mlp) for child, mlp in block.named_children() if child in _MLP_NAMES), ("", None))
     kind, remedy = type(block).__name__, "use dres_placement='sequence', or other dres_blocks"
@@ -37,11 +38,6 @@ def find_mlp(name: str, block: nn.Module) -> tuple[str, nn.Module]:
         raise ValueError(
             f"dres_placement='token': {name!r} ({kind}) keeps its MLP in no submodule of its own (looked for "
             f"{', '.join(_MLP_NAMES)}); {remedy}."
-        )
-    if any(submodule.rpartition(".")[2] in ("experts", "router") for submodule, _ in mlp.named_modules()):
-        raise ValueError(
-            f"dres_placement='token': the MLP of {name!r} ({kind}) is a mixture of experts, which jumps where its "
-            f"router changes its mind, so that the error would measure routing; {remedy}."
         )
     required = [
         parameter.name
@@ -54,6 +50,19 @@ def find_mlp(name: str, block: nn.Module) -> tuple[str, nn.Module]:
             f"{remedy}."
         )
     return f"{name}.{child}", mlp
+
+
+def _check_smooth(name: str, block: nn.Module) -> None:
+    """
+    Raises:
+        ValueError: the block has a mixture of experts.
+    """
+    if any(submodule.rpartition(".")[2] in _OF_EXPERTS for submodule, _ in block.named_modules()):
+        raise ValueError(
+            f"dres_blocks: {name!r} ({type(block).__name__}) has a mixture of experts, which jumps where its router "
+            "changes its mind, so that the error would measure routing; choose blocks without one, or set dres_weight "
+            "to 0."
+        )
 
 
 class DReSBranch:
@@ -79,6 +88,10 @@ class DReSBranch:
         names = list(block_names or find_decoder_blocks(model, remedy))
         chosen = select_blocks(names, options.blocks, "dres_blocks")
         self.blocks = {names[index]: model.get_submodule(names[index]) for index in chosen}
+        for name, block in self.blocks.items():
+            _check_smooth(name, block)
+        self.model = model
+        self.names = names
         if options.placement == "token":
             self.modules = dict(find_mlp(name, block) for name, block in self.blocks.items())
             return
@@ -101,8 +114,10 @@ class DReSBranch:
             padding_free: whether the rows of a batch are laid end to end (packing included).
 
         Raises:
-            ValueError: sequence placement cannot fill a group from such batches.
+            ValueError: nothing that is trained has a part in what is coded; or sequence placement cannot fill a group
+                from such batches.
         """
+        self._check_trained()
         if self.options.placement == "token":
             return
         if padding_free:
@@ -115,6 +130,31 @@ class DReSBranch:
                 f"dres_group_size={self.options.group_size} is more than the {batch_size} rows of a batch "
                 "(per_device_train_batch_size, or what auto_find_batch_size made of it), and a group is of different "
                 f"rows; lower it to at most {batch_size}, or use dres_placement='token'."
+            )
+
+    def _check_trained(self) -> None:
+        """
+        Raises:
+            ValueError: what is trained in the model lies above the last coded block.
+        """
+        blocks = [self.model.get_submodule(name) for name in self.names]
+        coded_to = self.names.index(list(self.blocks)[-1]) + 1
+        head: nn.Module | None = self.model.get_output_embeddings()
+        tops = blocks[coded_to:] if head is None else [*blocks[coded_to:], head]
+        # What blocks share counts where it is lowest, and the weight of a tied head with the embeddings
+        below = {part for block in blocks[:coded_to] for part in block.modules()}
+        above = {part for top in tops for part in top.modules()} - below
+        trained = [
+            module not in above
+            for module in self.model.modules()
+            for parameter in module.parameters(recurse=False)
+            if parameter.requires_grad
+        ]
+        if trained and not any(trained):
+            raise ValueError(
+                f"dres_blocks={self.options.blocks!r}: all that is trained lies above {list(self.blocks)[-1]!r}, the "
+                "last coded block, so that the error has no gradient; choose later blocks, train lower ones, or set "
+                "dres_weight to 0."
             )
 
     @contextmanager

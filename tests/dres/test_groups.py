@@ -1,4 +1,4 @@
-"""Which samples are coded: groups, packing, padding, DIPNet's noise and trajectories, and what is refused."""
+"""Which samples are coded: groups, packing, padding, DIPNet's noise and trajectories."""
 
 from __future__ import annotations
 
@@ -7,14 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PromptTuningConfig, get_peft_model
-from transformers import (
-    JetMoeConfig,
-    JetMoeForCausalLM,
-    MambaConfig,
-    MambaForCausalLM,
-    MptConfig,
-    MptForCausalLM,
-)
+from transformers import MambaConfig, MambaForCausalLM
 
 from dip_hf.dres import DReSBranch, DReSOptions, coded_pass
 from dip_hf.dres.functional import decode, encode, group_permutation, reconstruction_error
@@ -179,37 +172,6 @@ def test_prompt_tunings_virtual_tokens_are_valid_tokens(placement: str) -> None:
     gradients(model, record.error)
 
 
-# -- bad input ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"placement": "row"}, "dres_placement='row' must be one of token, sequence"),
-        ({"group_size": 1}, "dres_group_size=1 must be at least 2"),
-        ({"oversampling": 0.75}, "dres_oversampling=0.75 must be at least 1"),
-        ({"oversampling": float("nan")}, "dres_oversampling=nan must be at least 1"),
-        ({"oversampling": 2.25}, r"dres_oversampling=2.25: .*always 0; change"),
-        ({"share": 0.0}, "dres_share=0.0 must be above 0 and at most 1"),
-        ({"share": float("nan")}, "dres_share=nan must be above 0"),
-        ({"blocks": [4]}, r"dres_blocks=\[4\]: the model has 4 blocks"),
-        ({"blocks": 5}, "dres_blocks=5"),
-        ({"placement": "sequence", "blocks": [0, 2]}, "without gaps"),
-    ],
-)
-def test_refused_options(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        branch_of(model_of(), **{"placement": "token", **options})
-
-
-@pytest.mark.parametrize(
-    ("family", "message"), [("opt", "no submodule of its own"), ("mixtral", "mixture of experts")]
-)
-def test_refused_mlps(family: str, message: str) -> None:
-    with pytest.raises(ValueError, match=rf"{message}.*use dres_placement='sequence'"):
-        branch_of(model_of(family), "token")
-
-
 def test_rows_with_a_cache_of_states_alone() -> None:
     model = MambaForCausalLM(MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=3, state_size=4)).eval()
     branch, batch = branch_of(model, "sequence"), {"input_ids": batch_of(4)["input_ids"]}
@@ -219,48 +181,6 @@ def test_rows_with_a_cache_of_states_alone() -> None:
             model(**batch, use_cache=use_cache)
         errors.append(record.error.item())
     assert errors[0] == errors[1] > 0
-
-
-def test_experts_of_another_name_are_refused() -> None:
-    config = JetMoeConfig(
-        vocab_size=50, hidden_size=32, num_hidden_layers=3, num_key_value_heads=2, kv_channels=8, intermediate_size=48
-    )
-    with pytest.raises(ValueError, match=r"mixture of experts.*use dres_placement='sequence'"):
-        branch_of(JetMoeForCausalLM(config), "token")
-
-
-def test_an_mlp_that_returns_more_than_its_output() -> None:
-    model, batch = model_of(), batch_of(4)
-    branch = branch_of(model, "token", blocks=[1])
-    model.model.layers[1].mlp.register_forward_hook(lambda mlp, args, output: (output, None))
-    with pytest.raises(ValueError, match=r"LlamaMLP returns a tuple, not its output alone; use dres_placement='seq"):
-        run(model, branch, batch)
-
-
-def test_refused_batches() -> None:
-    branch = branch_of(model_of(), "sequence")
-    branch.check(4, padding_free=False)
-    branch_of(model_of(), "token").check(1, padding_free=True)
-    with pytest.raises(ValueError, match="padding_free=True lays end to end"):
-        branch.check(4, padding_free=True)
-    with pytest.raises(ValueError, match="dres_group_size=4 is more than the 3 rows"):
-        branch.check(3, padding_free=False)
-    with pytest.raises(ValueError, match="the batch's own"), branch.attached(KEY, torch.ones(4, 1, 7, 7)):
-        pass
-
-
-def test_refused_at_the_forward_pass() -> None:
-    model, batch = model_of(), batch_of(4)
-    positions = torch.arange(7).repeat(4, 1) + torch.arange(4)[:, None]
-    with pytest.raises(ValueError, match="'position_ids' differs between the rows"):
-        run(model, branch_of(model, "sequence"), {**batch, "position_ids": positions})
-    mpt = MptForCausalLM(MptConfig(vocab_size=models.VOCABULARY, d_model=32, n_heads=4, n_layers=4))
-    with pytest.raises(ValueError, match=r"argument 'position_bias', of shape .* cannot be split into the batch's 4"):
-        run(mpt, branch_of(mpt, "sequence"), batch)  # as many heads as rows
-    with branch_of(model, "token").attached(KEY) as record:
-        pass
-    with pytest.raises(RuntimeError, match="no forward pass"):
-        _ = record.error
 
 
 def test_default_is_the_last_quarter() -> None:
