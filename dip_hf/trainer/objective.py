@@ -44,9 +44,9 @@ class DIPNetObjective:
         return gram
 
     def is_random(self) -> bool:
-        """Whether a plain pass draws noise or samples now: in evaluation those of adapters with `noise_in_eval`."""
+        """Whether a pass in evaluation draws noise or samples, as adapters with `noise_in_eval` have it."""
         kept = [self.model.peft_config[name].noise_in_eval for name in self.tuner.active_adapters]
-        return (self.model.training or any(kept)) and next(random_layers(self.tuner.model), None) is not None
+        return any(kept) and next(random_layers(self.tuner.model), None) is not None
 
     @contextmanager
     def scale_unchanged(self) -> Iterator[None]:

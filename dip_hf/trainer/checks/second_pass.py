@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from accelerate.utils import DynamoBackend
+from accelerate.utils import DynamoBackend, is_compiled_module
 from datasets import Dataset
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -17,8 +18,8 @@ def check_second_pass(trainer: SFTTrainer) -> None:
     """
     Raises:
         ValueError: sharded parameters, which are whole only during the wrapper's own pass; compiled code, which sees
-            no hooks that come and go; an adapter that a second pass finds changed; reentrant checkpoints; kernels
-            that bear one backward pass; padding without a mask; or no prompts to perturb.
+            no hooks that come and go; an adapter that a second pass finds changed; reentrant checkpoints; kernels or
+            compiled code that bear one backward pass; padding without a mask; or no prompts to perturb.
     """
     backend = trainer.accelerator.state.dynamo_plugin.backend
     if backend != DynamoBackend.NO:
@@ -44,6 +45,12 @@ def check_second_pass(trainer: SFTTrainer) -> None:
             "use_kernels=True does not work with icp_weight, which goes backward twice through one graph: the Hub's "
             "kernels may write their gradients over what they saved; load the model without them, or set icp_weight "
             "to 0."
+        )
+    compiled = _compiled_part(trainer.model)
+    if compiled is not None and trainer.args.icp_weight > 0:
+        raise ValueError(
+            f"{compiled} is compiled code, which does not work with icp_weight, for that goes backward twice through "
+            "one graph; leave it uncompiled (of attention, take 'sdpa'), or set icp_weight to 0."
         )
     for config in active_lora(trainer.model):
         if config.monteclora_config is not None:
@@ -77,6 +84,16 @@ def check_second_pass(trainer: SFTTrainer) -> None:
             )
 
 
+def _compiled_part(model: PreTrainedModel | PeftModel) -> str | None:
+    """What of a model is compiled code, as an error is to call it; None where nothing is."""
+    if model.config.get_text_config()._attn_implementation == "flex_attention":
+        return "attn_implementation='flex_attention'"
+    for name, module in model.named_modules():
+        if is_compiled_module(module) or module._compiled_call_impl is not None:
+            return name or type(module).__name__
+    return None
+
+
 def _reentrant(module: nn.Module) -> bool:
     """Whether a block is recomputed by torch's reentrant checkpoints, which are its default."""
     if not isinstance(module, GradientCheckpointingLayer) or not module.gradient_checkpointing:
@@ -93,7 +110,8 @@ def check_one_loss_pass(args: DIPSFTConfig, has_loss_function: bool) -> None:
     Raises:
         ValueError: a loss for which TRL runs a second pass, whose hidden states would be taken for the first's.
     """
-    if has_loss_function or args.label_smoothing_factor > 0:
+    smooths = args.label_smoothing_factor > 0 and args.loss_type == "nll"  # TRL smooths no other loss
+    if has_loss_function or smooths:
         name = "compute_loss_func" if has_loss_function else "label_smoothing_factor"
         raise ValueError(
             f"{name} makes TRL run a second forward pass, which the regularisers cannot tell from the first; leave it "

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from accelerate import ParallelismConfig
 from peft import LoraConfig
 
@@ -147,6 +148,32 @@ def test_kernels_that_write_over_what_they_saved(tmp_path: Path) -> None:
     model = base_model()
     model._use_kernels = True
     make_trainer(tmp_path, LoraConfig(**ADAPTER), DRES, model)
+
+
+@pytest.mark.parametrize(
+    ("part", "name"), [("attention", "attn_implementation=.*'"), ("block", "model.layers.1"), ("mlp", "layers.1.mlp")]
+)
+def test_compiled_parts(part: str, name: str, tmp_path: Path) -> None:
+    """They would fall over the second backward pass, when the warm-up ends."""
+    model = base_model(attn_implementation="flex_attention" if part == "attention" else "sdpa")
+    block = model.model.layers[1]
+    if part == "block":
+        block.compile()  # in place
+    elif part == "mlp":
+        block.mlp = torch.compile(block.mlp)
+    make_trainer(tmp_path, None, {}, model)
+    with pytest.raises(
+        ValueError, match=f"{name} is compiled code, .* with icp_weight.*; leave it uncompiled .*'sdpa'"
+    ):
+        make_trainer(tmp_path, None, ICP, model)
+
+
+def test_smoothed_labels(tmp_path: Path) -> None:
+    """TRL smooths those of one loss, and ignores the option with the other."""
+    options = {**DRES, "label_smoothing_factor": 0.1}
+    with pytest.raises(ValueError, match="label_smoothing_factor makes TRL run a second forward pass"):
+        make_trainer(tmp_path, LoraConfig(**ADAPTER), options)
+    make_trainer(tmp_path, LoraConfig(**ADAPTER), {**options, "loss_type": "dft"})
 
 
 @pytest.mark.parametrize("size", ["tp_size", "cp_size", "sp_size"])
