@@ -49,8 +49,9 @@ class DIPSFTTrainer(CheckedTrainer):
     `DIPSFTConfig(dres_weight=..., icp_weight=...)` adds DReS and ICP, with any adapter or none. With everything off it
     is `SFTTrainer` to the last bit, on data of which it would drop no row.
 
-    Every term is logged raw and weighted; a term or a gradient that is NaN or infinite stops the run
-    before the optimiser step.
+    Every term is logged raw and weighted; a term or a gradient that is NaN or infinite stops the run before the
+    optimiser step, but for gradients in fp16, whose scaler leaves such steps out, and under DeepSpeed, which keeps its
+    own.
 
     Args:
         model: as for `SFTTrainer`.
@@ -64,7 +65,7 @@ class DIPSFTTrainer(CheckedTrainer):
     Raises:
         ValueError: before training starts, on arguments, a dataset, an adapter or a set-up that cannot work; names
             the field, its value and the remedy.
-        FloatingPointError: in training, on a term or a gradient that is not finite.
+        FloatingPointError: in training, on a term or a gradient that is not finite; with the exceptions above.
     """
 
     _tag_names = ["trl", "sft", "dip_hf"]  # noqa: RUF012  (an instance variable for SFTTrainer)
@@ -208,6 +209,7 @@ class DIPSFTTrainer(CheckedTrainer):
         """
         self._micro_steps[True] = (-1, -1)
         self._step_values.clear()
+        self._metrics["train"].clear()  # what an earlier run has not logged
         if self.dres is not None:
             self.dres.check(self._train_batch_size // max(1, self.args.n_gpu), self.padding_free)
         return super().get_train_dataloader()

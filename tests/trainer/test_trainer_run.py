@@ -16,7 +16,7 @@ from trl import SFTConfig
 
 from dip_hf import DIPNetConfig, DIPSFTConfig, DIPSFTTrainer
 from dip_hf.trainer.config import own_config
-from tests.trainer.methods import ICP
+from tests.trainer.methods import DRES, ICP
 from tests.trainer.tiny import ADAPTER, assert_close, base_model, gradients, losses, make_trainer, tokenised, tokenizer
 
 
@@ -234,3 +234,13 @@ def test_model_that_already_has_the_adapter(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, None, model=model)
     trainer.train()
     assert "dipnet/penalty" in trainer.state.log_history[0]
+
+
+def test_terms_of_a_second_run_add_up_to_its_loss(tmp_path: Path) -> None:
+    """The first leaves behind what it noted after its last log line of training."""
+    options = {**DRES, "max_steps": 3, "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 3}
+    trainer = make_trainer(tmp_path, LoraConfig(**ADAPTER), options, eval_dataset=tokenised(4))
+    for _ in range(2):
+        trainer.train()
+        entry = next(entry for entry in trainer.state.log_history if "task" in entry)
+        assert entry["task_weighted"] + entry["dres/error_weighted"] == pytest.approx(entry["loss"], rel=1e-4)
