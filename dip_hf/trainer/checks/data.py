@@ -10,13 +10,19 @@ from datasets import Dataset, IterableDataset, LargeList, Value
 from datasets.features import List
 from pyarrow.compute import list_value_length
 from pyarrow.types import is_large_list, is_list
-from trl import SFTConfig, is_conversational, is_conversational_from_value
+from trl import SFTConfig
 
 
-_COLUMNS = ("prompt", "completion", "messages", "input_ids", "labels", "completion_mask", "assistant_masks")
+_CONVERSATIONS = {
+    "prompt": {"role"},
+    "completion": {"role"},
+    "messages": {"role"},
+    "conversations": {"from", "value"},
+}
+"""Columns that may hold messages, and the keys by which TRL knows them there."""
+_MESSAGES = "messages (with 'from' and 'value' in 'conversations', with 'role' and 'content' elsewhere)"
+_COLUMNS = (*_CONVERSATIONS, "input_ids", "labels", "completion_mask", "assistant_masks")
 """Columns that TRL reads, but for that of plain texts, whose name is an option."""
-_CONVERSATIONS = ("prompt", "completion", "messages")
-"""Those that may hold messages."""
 
 
 def by_name(eval_dataset: object) -> dict[str, object]:
@@ -88,29 +94,55 @@ def check_columns(name: str, dataset: object, args: SFTConfig) -> None:
         args: the column of texts.
 
     Raises:
-        ValueError: the dataset has no column that TRL reads, or something else there than text or messages.
+        ValueError: the dataset has no column that TRL reads, one of two, or something else there than text or
+            messages.
     """
     options: Any = args.dataset_kwargs or {}
     if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom" or options.get("skip_prepare_dataset"):
         return
-    text = args.dataset_text_field
-    if not {text, *_CONVERSATIONS, "conversations", "input_ids"} & set(dataset.column_names):
+    row, text, pair = dataset.with_format(None)[0], args.dataset_text_field, ("prompt", "completion")
+    if "input_ids" in row:
+        return
+    choices: list[tuple[str, ...]] = [(column,) for column in ("conversations", "messages") if _is_chat(row, column)]
+    choices += [(text,), ("messages",), ("conversations",), pair]
+    is_pair = "prompt" in row and not {"image", "images"} & row.keys()  # of images TRL reads prompts last
+    read = pair if is_pair else next((columns for columns in choices if {*columns} & row.keys()), ())
+    if not read:
         raise ValueError(
-            f"{name} has the columns {', '.join(dataset.column_names)}, of which none is read: rename them to prompt "
-            f"and completion, messages or {text!r} (dataset_text_field), or give formatting_func."
+            f"{name} has the columns {', '.join(row)}, of which none is read: rename them to prompt and completion, "
+            f"messages or {text!r} (dataset_text_field), or give formatting_func."
         )
-    row = dataset.with_format(None)[0]
-    plain = _texts(dataset, args)
-    for column in {*plain, "prompt", "completion"} & row.keys() if "input_ids" not in row else ():
-        if not isinstance(row[column], str) and (column in plain or not isinstance(row[column], list)):
-            kind = "text" if column in plain else "text or a list of messages"
+    for column in (*read, *(plain for plain in _texts(dataset, args) if plain in row)):
+        if column not in row:
+            other = pair[column == "prompt"]
+            raise ValueError(
+                f"{name} has the columns {', '.join(row)}, but no {column!r}, which is read together with {other!r}; "
+                f"give both, or remove or rename {other!r} (whole texts go into {text!r}, dataset_text_field)."
+            )
+        is_text = isinstance(row[column], str)
+        if column == text:
+            kind, fits = "text", is_text
+        elif column == "prompt":
+            kind, fits = f"text or {_MESSAGES}", is_text or _is_chat(row, column)
+        elif column == "completion" and isinstance(row["prompt"], str):
+            kind, fits = "text, as 'prompt' does", is_text
+        else:
+            kind, fits = _MESSAGES, _is_chat(row, column)
+        if not fits:
             raise ValueError(f"{name}: the column {column!r} must hold {kind}, got {row[column]!r} in row 0.")
+
+
+def _is_chat(row: Mapping[str, Any], column: str) -> bool:
+    """Whether TRL takes what a column holds for messages."""
+    messages = row.get(column)
+    first = messages[0] if isinstance(messages, list) and messages else None
+    return isinstance(first, dict) and _CONVERSATIONS[column] <= first.keys()
 
 
 def _texts(dataset: Dataset, args: SFTConfig) -> list[str]:
     """The column of plain texts, which TRL does not read where there are conversations."""
     row = dataset.with_format(None)[0]
-    return [] if is_conversational(row) or is_conversational_from_value(row) else [args.dataset_text_field]
+    return [] if any(_is_chat(row, column) for column in _CONVERSATIONS) else [args.dataset_text_field]
 
 
 def _check_values(name: str, dataset: Dataset, columns: Sequence[str]) -> None:
@@ -227,8 +259,11 @@ def check_prepared(name: str, given: object, prepared: object, args: SFTConfig, 
             idle = _untrained(lengths, _flat(labels) != -100)
             idle = idle[lengths[idle] > 1]
             if len(idle):
+                row = first + int(idle[0])
+                if args.shuffle_dataset:  # as TRL has, so that this finds the row that was given
+                    row = Dataset.from_dict({"row": np.arange(len(given))}).shuffle(seed=args.seed)[row]["row"]
                 raise ValueError(
-                    f"{name} row {first + idle[0]}, as prepared with max_length={args.max_length}: no token but "
+                    f"{name} row {row}, as prepared with max_length={args.max_length}: no token but "
                     "perhaps the first has a label, and nothing predicts that one, so the row trains nothing; drop "
                     "it, or give it a completion."
                 )

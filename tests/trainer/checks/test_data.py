@@ -18,6 +18,8 @@ from tests.trainer.tiny import ADAPTER, base_model, losses, make_trainer, tokeni
 
 
 GOOD = {"input_ids": [3, 4, 5], "labels": [-100, 4, 5]}
+CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+SHARED = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
 
 
 @pytest.mark.parametrize(
@@ -160,13 +162,17 @@ def test_rows_that_train_nothing_as_prepared(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"eval_dataset {message}"):
         make_trainer(tmp_path, None, options, data=fine, eval_dataset=rows)
     make_trainer(tmp_path, None, options, data=fine, eval_dataset=fine)
+    shuffled = Dataset.from_list([GOOD] * 7 + [idle] + [GOOD] * 12)
+    with pytest.raises(ValueError, match="train_dataset row 7, as prepared"):
+        make_trainer(tmp_path, None, {**options, "shuffle_dataset": True}, data=shuffled)
 
 
-@pytest.mark.parametrize("column", ["prompt", "completion", "messages"])
+@pytest.mark.parametrize("column", ["prompt", "completion", "messages", "conversations"])
 def test_conversations_without_a_message(column: str, tmp_path: Path) -> None:
     """TRL may take such a row for one of texts, or fall over it."""
-    messages = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}]
-    row = {"messages": messages} if column == "messages" else {"prompt": messages[:1], "completion": messages[1:]}
+    row: dict[str, Any] = {"prompt": CHAT[:1], "completion": CHAT[1:]}
+    if column not in row:
+        row = {column: CHAT if column == "messages" else SHARED}
     make_trainer(tmp_path, None, data=Dataset.from_list([row]))
     with pytest.raises(ValueError, match=rf"train_dataset row 1: '{column}' has no message; drop the row"):
         make_trainer(tmp_path, None, data=Dataset.from_list([row, {**row, column: []}]))
@@ -205,6 +211,7 @@ def test_every_row_cut_off_names_the_length(tmp_path: Path) -> None:
         ([{"text": "ab"}, {"text": None}], "train_dataset row 1: 'text' is null; drop the row or fill it in"),
         ([{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": None}], "row 1: 'completion' is null"),
         ([GOOD, {"input_ids": [3, 4], "labels": None}], "row 1: 'labels' is null"),
+        ([{"conversations": SHARED}, {"conversations": None}], "row 1: 'conversations' is null"),
     ],
 )
 def test_values_that_are_missing(rows: list[dict[str, Any]], message: str, tmp_path: Path) -> None:
@@ -220,7 +227,23 @@ def test_values_that_are_missing(rows: list[dict[str, Any]], message: str, tmp_p
             r"has the columns question, answer, of which none is read: .*'text'",
         ),
         ([{"text": ["a", "b"]}], r"the column 'text' must hold text, got \['a', 'b'\] in row 0"),
-        ([{"prompt": 1, "completion": "2"}], "the column 'prompt' must hold text or a list of messages, got 1 in row"),
+        ([{"prompt": 1, "completion": "2"}], r"the column 'prompt' must hold text or messages \(.*, got 1 in row 0"),
+        (
+            [{"prompt": "a", "answer": "b"}],
+            "but no 'completion', .*with 'prompt'; give both, or remove or rename 'prompt'",
+        ),
+        (
+            [{"completion": "b"}],
+            r"but no 'prompt', .* with 'completion'; give .* \(whole texts go into 'text'",
+        ),
+        ([{"prompt": "a", "completion": CHAT}], r"'completion' must hold text, as 'prompt' does, got \[\{.* in row 0"),
+        ([{"prompt": CHAT, "completion": "b"}], r"'completion' must hold messages \(.*'role' .*\), got 'b' in row 0"),
+        (
+            [{"messages": "ab"}],
+            r"'messages' must hold messages \(.*'role' and 'content' elsewhere\), got 'ab' in row 0",
+        ),
+        ([{"messages": SHARED}], r"'messages' must hold messages \(with 'from' .* in 'conversations', .*got \[\{"),
+        ([{"conversations": CHAT}], r"'conversations' must hold messages \(with 'from' and 'value' in .*got \[\{"),
     ],
 )
 def test_columns_that_are_no_text(rows: list[dict[str, Any]], message: str, tmp_path: Path) -> None:
@@ -232,8 +255,8 @@ def test_a_column_of_texts_beside_conversations_is_not_read(tmp_path: Path) -> N
     turns = {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}
     for text in (None, ["c"]):
         make_trainer(tmp_path, None, {"max_steps": 1}, data=Dataset.from_list([{**turns, "text": text}] * 4)).train()
-    chat = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
-    make_trainer(tmp_path, None, data=Dataset.from_list([{"conversations": chat, "text": None}] * 4))
+    for row in ({"conversations": SHARED, "text": None}, {"conversations": CHAT, "text": "a"}):
+        make_trainer(tmp_path, None, data=Dataset.from_list([row] * 4))
     with pytest.raises(ValueError, match="train_dataset row 0: 'text' is null"):
         make_trainer(tmp_path, None, data=Dataset.from_list([{"prompt": "a", "completion": "b", "text": None}]))
 
