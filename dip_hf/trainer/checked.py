@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from dip_hf.trainer.checkpoints import last_checkpoint
+from dip_hf.trainer.checkpoints import resumed_checkpoint
 from dip_hf.trainer.checks.data import (
     by_name,
     check_columns,
@@ -79,14 +79,13 @@ class CheckedTrainer(PublishingTrainer):
         """As Trainer's; True stands for the last checkpoint that was written to its end.
 
         Raises:
-            ValueError: the checkpoint's adapter is another one than the model's, and the message names the option; or
-                a stream had no row to make a step with.
+            ValueError: there is no such checkpoint, or it is cut short; or its adapter is another one than the
+                model's, and the message names the option; or a stream had no row to make a step with.
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir) or True  # which Trainer refuses
-        if resume_from_checkpoint and resume_from_checkpoint is not True:
-            check_resumed(self.model, resume_from_checkpoint)
-        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        checkpoint = resumed_checkpoint(resume_from_checkpoint or False, self.args.output_dir)
+        if checkpoint is not None:
+            check_resumed(self.model, checkpoint)
+        result = super().train(checkpoint, *args, **kwargs)
         check_steps_made(self)
         return result
 

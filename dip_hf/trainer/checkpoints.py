@@ -29,3 +29,27 @@ def last_checkpoint(folder: str | Path) -> str | None:
     found = [(path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-"), path) for path in Path(folder).glob("checkpoint-*")]
     steps = sorted(((int(step), path) for step, path in found if step.isdecimal()), reverse=True)
     return next((str(path) for _, path in steps if is_whole(path)), None)
+
+
+def resumed_checkpoint(given: str | bool, folder: str | Path) -> str | None:
+    """The folder to go on from; None to begin anew.
+
+    Args:
+        given: that folder, or whether to take the last whole checkpoint.
+        folder: a run's `output_dir`.
+
+    Raises:
+        ValueError: there is none, or the one that is named was not written to its end.
+    """
+    if given is False:
+        return None
+    found = last_checkpoint(folder) if given is True else given
+    if found is None or not Path(found).is_dir():
+        missing = f"no whole checkpoint in {folder}" if given is True else f"no checkpoint in {given}"
+        raise ValueError(f"resume_from_checkpoint={given}: {missing}; leave it out to begin anew")
+    if not is_whole(found):
+        raise ValueError(
+            f"resume_from_checkpoint={given} was not written to its end: the run was stopped while it saved; name an "
+            "earlier one, or set it to true for the last that is whole"
+        )
+    return found

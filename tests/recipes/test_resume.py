@@ -22,9 +22,11 @@ def test_the_named_the_last_or_none(tmp_path: Path) -> None:
     assert resumed_checkpoint(asked(tmp_path, None)) is resumed_checkpoint(asked(tmp_path, "false")) is None
 
 
-@pytest.mark.parametrize("value", ["true", "gone"])
-def test_a_checkpoint_that_is_not_there(tmp_path: Path, value: str) -> None:
-    with pytest.raises(ValueError, match=rf"resume_from_checkpoint={value}: no checkpoint in .*; leave it out"):
+@pytest.mark.parametrize(
+    ("value", "said"), [("true", "True: no whole checkpoint in .*empty"), ("gone", "gone: no checkpoint in gone")]
+)
+def test_a_checkpoint_that_is_not_there(value: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"resume_from_checkpoint={said}; leave it out"):
         resumed_checkpoint(asked(tmp_path / "empty", value))
 
 

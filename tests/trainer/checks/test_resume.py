@@ -122,9 +122,14 @@ def test_the_last_checkpoint_that_is_whole(adapter: DIPNetConfig | None, tmp_pat
     resumed = make_trainer(tmp_path / "cut", adapter, options)
     resumed.train(resume_from_checkpoint=True)
     assert losses(resumed) == losses(whole) and len(losses(whole)) == 3
-    shutil.rmtree(tmp_path / "cut")
-    with pytest.raises(ValueError, match="No valid checkpoint found"):
-        make_trainer(tmp_path / "cut", adapter, options).train(resume_from_checkpoint=True)
+    for step in (2, 3):
+        shutil.rmtree(tmp_path / "cut" / f"checkpoint-{step}")
+    (tmp_path / "cut" / "checkpoint-1" / "trainer_state.json").write_text("{")
+    first = str(tmp_path / "cut" / "checkpoint-1")
+    for given, message in ((True, "no whole checkpoint in .*cut; leave it out"), (first, "1 was not written to its")):
+        trainer = make_trainer(tmp_path / "cut", adapter, {**options, "save_strategy": "no"})
+        with pytest.raises(ValueError, match=rf"resume_from_checkpoint=.*{message}"):
+            trainer.train(resume_from_checkpoint=given)
 
 
 @pytest.mark.parametrize(
