@@ -19,7 +19,7 @@ from dip_hf.trainer.checks.data import (
     check_rows_left,
 )
 from dip_hf.trainer.checks.resume import check_resumed
-from dip_hf.trainer.checks.streams import check_steps_made, check_streamed
+from dip_hf.trainer.checks.streams import check_first_step, check_streamed
 from dip_hf.trainer.config import DIPSFTConfig
 from dip_hf.trainer.gradients import FiniteGradients, check_finite_weights
 from dip_hf.trainer.publishing import PublishingTrainer
@@ -39,7 +39,7 @@ class CheckedTrainer(PublishingTrainer):
 
     Raises:
         ValueError: a dataset is empty, or has a row that trains nothing or lacks a value; names the row.
-        FloatingPointError: in training, on a gradient or on weights that are not finite.
+        FloatingPointError: in training, on a gradient (see `FiniteGradients`) or on weights that are not finite.
     """
 
     def __init__(
@@ -68,11 +68,18 @@ class CheckedTrainer(PublishingTrainer):
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        """As Trainer's; a stream's rows, which could not be seen before, are checked now."""
+        """As Trainer's; rows that could not be seen before, a stream's or the collator's, are checked now.
+
+        Raises:
+            ValueError: a row trains nothing, or a stream has too few to make a step with.
+        """
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.state.global_step == 0:
+            check_first_step(samples, num_batches, self.args.max_length)
         splits_rows = self.args.packing and self.args.packing_strategy != "bfd"  # a piece may well have no label
-        if isinstance(self.train_dataset, IterableDataset) and not splits_rows:
-            check_streamed(samples)
+        is_stream = isinstance(self.train_dataset, IterableDataset)
+        if (is_stream or self._skip_prepare_dataset) and not splits_rows:
+            check_streamed(samples, "stream" if is_stream else "batch")
         return samples, num_items
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -80,14 +87,12 @@ class CheckedTrainer(PublishingTrainer):
 
         Raises:
             ValueError: there is no such checkpoint, or it is cut short; or its adapter is another one than the
-                model's, and the message names the option; or a stream had no row to make a step with.
+                model's, and the message names the option.
         """
         checkpoint = resumed_checkpoint(resume_from_checkpoint or False, self.args.output_dir)
         if checkpoint is not None:
             check_resumed(self.model, checkpoint)
-        result = super().train(checkpoint, *args, **kwargs)
-        check_steps_made(self)
-        return result
+        return super().train(checkpoint, *args, **kwargs)
 
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """As Trainer's.

@@ -1,4 +1,4 @@
-"""Checks of a stream, whose rows are seen when it is their turn."""
+"""Checks of rows that are seen when it is their turn: a stream's, and those that the collator prepares."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
-from transformers import Trainer
 
 
-def check_streamed(batches: Sequence[Mapping[str, Any]]) -> None:
-    """A stream's rows are seen when it is their turn.
-
+def check_streamed(batches: Sequence[Mapping[str, Any]], of: str) -> None:
+    """
     Args:
         batches: of one optimiser step; a row that is packed, or without padding, is one row with its neighbours.
+        of: what a row is of, for the error message.
 
     Raises:
         ValueError: a row trains no token, and is or has more than one.
@@ -29,18 +28,23 @@ def check_streamed(batches: Sequence[Mapping[str, Any]]) -> None:
             idle &= (positions > 0).any(1)
         if idle.any():
             raise ValueError(
-                "train_dataset: a row of the stream has no label but perhaps on its first token, which nothing "
-                "predicts, so the row trains nothing; filter such rows out."
+                f"train_dataset: a row of the {of} has no label but perhaps on its first token, which nothing "
+                "predicts, so the row trains nothing; filter such rows out, or raise max_length if it cut them."
             )
 
 
-def check_steps_made(trainer: Trainer) -> None:
+def check_first_step(batches: Sequence[Mapping[str, Any]], wanted: int, max_length: int | None) -> None:
     """
+    Args:
+        batches: for a run's first optimiser step.
+        wanted: how many that step takes; with fewer, Trainer would begin its epoch anew without end.
+        max_length: to which rows are cut.
+
     Raises:
-        ValueError: training ended without a step, for a stream had no row with a label within `max_length`.
+        ValueError: there are fewer, as of a stream that has no row with a label within `max_length`.
     """
-    if trainer.state.global_step == 0 and trainer.state.max_steps > 0:
+    if len(batches) < wanted:
         raise ValueError(
-            f"train_dataset: the stream gave no batch, so no step was made: max_length={trainer.args.max_length} cuts "
-            "every label off its rows, or there are fewer than a batch; raise max_length, or give more rows."
+            f"train_dataset gave {len(batches)} of the {wanted} batches of the first step: max_length={max_length} "
+            "cuts every label off its rows, or they are too few; raise max_length, or give more rows."
         )

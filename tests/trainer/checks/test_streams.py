@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from datasets import Dataset, IterableDataset
+from transformers import TrainerCallback, TrainerControl
 
 from dip_hf import DIPNetConfig
 from tests.trainer.checks.test_data import GOOD
@@ -60,13 +61,53 @@ def test_a_packed_stream_that_trains_nothing(tmp_path: Path) -> None:
     rows = stream([{"prompt": "abcdefgh", "completion": "i"}] * 8)
     trainer = make_trainer(tmp_path, None, {"max_length": 4, "packing": True, "max_steps": 1}, data=rows)
     with pytest.raises(
-        ValueError, match=r"train_dataset: (a row of the stream has no label|the stream gave no batch)"
+        ValueError, match=r"train_dataset(: a row of the stream has no label| gave 0 of the 1 batches)"
     ):
         trainer.train()
 
 
-def test_a_stream_of_which_no_row_is_left(tmp_path: Path) -> None:
-    rows = stream([{"prompt": "abcdefgh", "completion": "i"}] * 4)
-    trainer = make_trainer(tmp_path, None, {"max_length": 4}, data=rows)
-    with pytest.raises(ValueError, match=r"train_dataset: the stream gave no batch, .*max_length=4 cuts"):
+@pytest.mark.parametrize(
+    ("data", "options", "given"),
+    [
+        (stream([{"prompt": "abcdefgh", "completion": "i"}] * 4), {}, "0 of the 1"),
+        (stream([GOOD] * 4), {"gradient_accumulation_steps": 2}, "1 of the 2"),
+        (Dataset.from_list([GOOD] * 4), {"dataloader_drop_last": True}, "0 of the 1"),
+    ],
+    ids=["cut off", "less than a step", "less than a batch"],
+)
+def test_data_that_make_no_step(data: Any, options: dict[str, Any], given: str, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, None, {"max_length": 4, **options}, data=data)
+    with pytest.raises(ValueError, match=f"train_dataset gave {given} batches of the first step: max_length=4 cuts"):
         trainer.train()
+
+
+class Stop(TrainerCallback):
+    """Ends a run after its first micro-batch."""
+
+    def on_substep_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_training_stop = True
+
+
+@pytest.mark.parametrize("data", [Dataset.from_list([GOOD] * 8), stream([GOOD] * 8)], ids=["whole", "stream"])
+def test_a_run_that_a_callback_stops_before_its_first_step(data: Any, tmp_path: Path) -> None:
+    options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    trainer = make_trainer(tmp_path, None, options, data=data, callbacks=[Stop()])
+    trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_batch_that_a_transform_makes(tmp_path: Path) -> None:
+    """Its rows are seen when they are collated, as those of images are."""
+
+    def run(labels: list[int]) -> None:
+        def transform(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+            return {**batch, "labels": [labels for _ in batch["labels"]]}
+
+        rows = Dataset.from_list([GOOD] * 8).with_transform(transform)
+        make_trainer(tmp_path, None, {"dataset_kwargs": {"skip_prepare_dataset": True}}, data=rows).train()
+
+    run(GOOD["labels"])
+    with pytest.raises(
+        ValueError, match=r"train_dataset: a row of the batch has no label .*; filter .* raise max_length"
+    ):
+        run([3, -100, -100])
