@@ -50,13 +50,15 @@ def test_what_is_overridden_or_called(owner: Any, name: str, parameters: list[st
 def test_attributes(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, None)
     assert set(trainer._metrics) == {"train", "eval"} and isinstance(trainer._train_batch_size, int)
-    assert isinstance(SFTTrainer._tag_names, list)
+    assert isinstance(SFTTrainer._tag_names, list) and trainer._skip_prepare_dataset is False
     model = base_model()
     assert model.config._attn_implementation == "sdpa" and isinstance(model.config._name_or_path, str)
     model.gradient_checkpointing_enable()
     block = model.model.layers[0]
     assert isinstance(block, GradientCheckpointingLayer) and callable(block._gradient_checkpointing_func)
-    assert block.gradient_checkpointing is True
+    assert block.gradient_checkpointing is True and block._compiled_call_impl is None
+    block.compile(backend="eager")
+    assert block._compiled_call_impl is not None
     parser = RecipeParser([])
     assert "--help" in parser._option_string_actions and parser._actions
 
