@@ -45,8 +45,8 @@ def resumed_checkpoint(given: str | bool, folder: str | Path) -> str | None:
         return None
     found = last_checkpoint(folder) if given is True else given
     if found is None or not Path(found).is_dir():
-        missing = f"no whole checkpoint in {folder}" if given is True else f"no checkpoint in {given}"
-        raise ValueError(f"resume_from_checkpoint={given}: {missing}; leave it out to begin anew")
+        place = folder if given is True else given
+        raise ValueError(f"resume_from_checkpoint={given}: no whole checkpoint in {place}; leave it out to begin anew")
     if not is_whole(found):
         raise ValueError(
             f"resume_from_checkpoint={given} was not written to its end: the run was stopped while it saved; name an "

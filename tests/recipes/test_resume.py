@@ -23,7 +23,8 @@ def test_the_named_the_last_or_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "said"), [("true", "True: no whole checkpoint in .*empty"), ("gone", "gone: no checkpoint in gone")]
+    ("value", "said"),
+    [("true", "True: no whole checkpoint in .*empty"), ("gone", "gone: no whole checkpoint in gone")],
 )
 def test_a_checkpoint_that_is_not_there(value: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"resume_from_checkpoint={said}; leave it out"):

@@ -49,9 +49,11 @@ report_to: none
     changed = [p for name, p in model.named_parameters() if "lora_B" in name]
     assert changed and all(torch.any(p != 0) for p in changed)
 
-    for missing, named in (("true", tmp_path / "none"), (str(tmp_path / "gone"), tmp_path / "gone")):
+    for missing, named in (("True", tmp_path / "none"), (str(tmp_path / "gone"), tmp_path / "gone")):
         asked = ["--output_dir", str(tmp_path / "none"), "--resume_from_checkpoint", missing]
-        with pytest.raises(SystemExit, match=rf"resume_from_checkpoint={missing}: no checkpoint in {named}; leave"):
+        with pytest.raises(
+            SystemExit, match=rf"resume_from_checkpoint={missing}: no whole checkpoint in {named}; leave"
+        ):
             load_sft().main([*run, *asked])
     load_sft().main([*run, "--max_steps", "3", "--resume_from_checkpoint", "true"])
     state = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())
