@@ -29,6 +29,7 @@ LARGEST_CONFIG = 1 << 20
 """Bytes; a config that lists every module of a large model has a few hundred thousand."""
 
 _REVISION = re.compile(r"(?!-|.*\.\.)[\w.+@-]+(?:/[\w.+@-]+)*")
+"""What Git calls branches, tags and commits, and neither an option of a command nor a path out of a folder."""
 
 
 def check_adapter_folder(folder: str | Path, require_weights: bool = True) -> None:

@@ -138,11 +138,10 @@ def _check_effect(names: Collection[str], training: StudyConfig, adapter: Adapte
         (training.dres_weight == 0, "dres_weight=0", ("dres_",)),
         (training.icp_weight == 0, "icp_weight=0", ("icp_",)),
     ):
+        field = setting.partition("=")[0]
         for name in names if is_off else ():
-            if name.startswith(starts) and name != setting.partition("=")[0]:
-                raise ValueError(
-                    f"{name} has no effect at {setting}: remove it, or change {setting.partition('=')[0]}"
-                )
+            if name.startswith(starts) and name != field:
+                raise ValueError(f"{name} has no effect at {setting}: remove it, or change {field}")
 
 
 def _check_prediction(arm: Arm, adapter: AdapterArguments) -> None:

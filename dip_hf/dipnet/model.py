@@ -81,9 +81,7 @@ class DIPNetModel(SavedLoraModel):
             return []
         assert config.all_block_names is not None  # resolved before
         chosen = select_blocks(config.all_block_names, config.variational_blocks, "variational_blocks")
-        named = self._prepare_adapter_config(
-            copy.copy(config), self.get_model_config(model)
-        )  # with PEFT's own targets
+        named = self._prepare_adapter_config(copy.copy(config), self.get_model_config(model))  # PEFT's targets
         named = include_all_linear_layers(named, model)
         check_targets(model, config, chosen, lambda name: bool(self._check_target_module_exists(named, name)))
         return chosen

@@ -11,6 +11,15 @@ from dip_hf.dipnet.layer import NoiseSite
 from dip_hf.ibvi.layer import Covariance
 
 
+def draws_in_eval(model: nn.Module) -> bool:
+    """Whether an adapter of the model keeps noise or samples in evaluation, active or not."""
+    return any(
+        (isinstance(module, NoiseSite) and any(module.noise_in_eval.values()))
+        or (isinstance(module, Covariance) and module.in_eval)
+        for module in model.modules()
+    )
+
+
 @contextmanager
 def noise_free(model: nn.Module) -> Iterator[None]:
     """Inside, the model is in evaluation mode, without noise and at its posterior's mean, whatever `noise_in_eval`."""

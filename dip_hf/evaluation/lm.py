@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from functools import cached_property
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import cached_property, partial
 from types import TracebackType
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 import dip_hf  # noqa: F401  # registers the DIPNet adapter with PEFT, for stock `--model hf` too
-from dip_hf.dipnet.plain_pass import noise_free
+from dip_hf.dipnet.plain_pass import draws_in_eval, noise_free
 from dip_hf.evaluation.sampling import Ensemble, Sampler, averaged_outputs, make_sampler
 from dip_hf.loading import load_adapter
 from dip_hf.noise import NoiseKey
@@ -125,6 +125,10 @@ class DIPLM(HFLM):
             self._sampler = Ensemble(self.model, others)
         else:
             self._sampler = make_sampler(self.model, num_samples, dropout, noise_seed)
+        # Asked once, since it goes through all modules
+        self._plain_pass: Callable[[], AbstractContextManager[None]] = (
+            partial(noise_free, self.model) if draws_in_eval(self.model) else nullcontext
+        )
 
     def _create_model(
         self, pretrained: str, revision: str | None = "main", peft: str | None = None, **kwargs: Any
@@ -150,7 +154,7 @@ class DIPLM(HFLM):
         """As `hf`'s, over the temperature; averages are log-probabilities. Shape (batch, length, vocabulary)."""
         sampler = self._sampler
         if sampler is None:
-            with noise_free(self.model):
+            with self._plain_pass():
                 logits = super()._model_call(inps, attn_mask, labels)
             return logits if self.temperature == 1.0 else logits.float() / self.temperature
         mixed = self.mixed_precision_dtype
@@ -174,7 +178,7 @@ class DIPLM(HFLM):
                 f"{self.temperature} answers are generated greedily; leave these out, or predict by one plain pass"
             )
         if sampler is None:
-            with noise_free(self.model):
+            with self._plain_pass():
                 return super()._model_generate(context, max_length, stop, **generation_kwargs)
         batch, copies = context.shape[0], sampler.copies
         if "attention_mask" in generation_kwargs:

@@ -10,16 +10,11 @@ from datasets import Dataset, IterableDataset, LargeList, Value
 from datasets.features import List
 from pyarrow.compute import list_value_length
 from pyarrow.types import is_large_list, is_list
-from trl import SFTConfig
+from trl import SFTConfig, is_conversational, is_conversational_from_value
 
 
-_CONVERSATIONS = {
-    "prompt": {"role"},
-    "completion": {"role"},
-    "messages": {"role"},
-    "conversations": {"from", "value"},
-}
-"""Columns that may hold messages, and the keys by which TRL knows them there."""
+_CONVERSATIONS = ("prompt", "completion", "messages", "conversations")
+"""Columns that may hold messages."""
 _MESSAGES = "messages (with 'from' and 'value' in 'conversations', with 'role' and 'content' elsewhere)"
 _COLUMNS = (*_CONVERSATIONS, "input_ids", "labels", "completion_mask", "assistant_masks")
 """Columns that TRL reads, but for that of plain texts, whose name is an option."""
@@ -134,9 +129,8 @@ def check_columns(name: str, dataset: object, args: SFTConfig) -> None:
 
 def _is_chat(row: Mapping[str, Any], column: str) -> bool:
     """Whether TRL takes what a column holds for messages."""
-    messages = row.get(column)
-    first = messages[0] if isinstance(messages, list) and messages else None
-    return isinstance(first, dict) and _CONVERSATIONS[column] <= first.keys()
+    own = {column: row.get(column) or None}  # TRL asks for the first of an empty list
+    return is_conversational(own) or is_conversational_from_value(own)
 
 
 def _texts(dataset: Dataset, args: SFTConfig) -> list[str]:
