@@ -11,7 +11,7 @@ backward pass to the activations counts like a forward pass). m trajectories fro
 DReS on the last quarter q of the blocks at N/K = 1.25 with a share p of the groups coded: 1 + 1.25 p q, for token
 placement times the MLP's share. ICP with one step: the gradient for the perturbation and the teacher add a backward
 and a forward pass, 2; from three quarters of the depth, every fourth step: 1 + (1/4)/4. A posterior of rank R adds no
-product of its own order: 1.
+product of its own order, nor does LoRA's dropout, which regularisation is compared with: 1.
 
 The head is no block, and what an arm must do with it is not in the floor: m trajectories need it m times. How much of
 LoRA's step it takes is measured in the same run, h, by a model without blocks, whose step is the head's forward and
@@ -50,6 +50,7 @@ class Arm:
         floor: from the shape, see the module's docstring.
         heads: k, how many times as often as LoRA's step it needs the head.
         adapter: fields of `DIPNetConfig` for a shape; None for plain LoRA.
+        dropout: LoRA's own.
         options: fields of `DIPSFTConfig`; None for TRL's own trainer.
         steps: steps in one timing, as many as the longest interval between two alike.
     """
@@ -60,6 +61,7 @@ class Arm:
     options: dict[str, Any] | None = field(default_factory=dict)
     steps: int = 1
     heads: float = 1
+    dropout: float = 0.0
 
 
 def _trajectories(m: int, start: float) -> Arm:
@@ -86,6 +88,7 @@ _ALL = _DRES | {"dres_share": 1.0}
 _ICP = {"icp_weight": 0.1, "icp_warmup": 0.0}
 ARMS = (
     Arm("LoRA, SFTTrainer", lambda shape: 1, options=None),
+    Arm("LoRA with dropout, SFTTrainer", lambda shape: 1, options=None, dropout=0.1),
     Arm("all off", lambda shape: 1),
     _trajectories(1, 0),
     _trajectories(2, 0.5),
@@ -126,10 +129,13 @@ def make_trainer(shape: Shape, arm: Arm, folder: str, device: torch.device) -> S
     """A trainer of this arm over `shape`, ready to step."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(shape.config, dtype=shape.dtype).to(device)
-    lora: dict[str, Any] = {"r": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    peft_config = LoraConfig(**lora)
-    if arm.adapter is not None:
-        peft_config = DIPNetConfig(**lora, **arm.adapter(shape))
+    lora: dict[str, Any] = {
+        "r": 16,
+        "target_modules": "all-linear",
+        "lora_dropout": arm.dropout,
+        "task_type": "CAUSAL_LM",
+    }
+    peft_config = LoraConfig(**lora) if arm.adapter is None else DIPNetConfig(**lora, **arm.adapter(shape))
     trainer_class, config_class = (SFTTrainer, SFTConfig) if arm.options is None else (DIPSFTTrainer, DIPSFTConfig)
     options = dict(arm.options or {})
     if "icp_interval" in options:
