@@ -32,6 +32,7 @@ def test_the_installed_version_is_one_that_is_declared(package: str) -> None:
     ("owner", "name", "parameters"),
     [
         (Trainer, "_finish_current_push", []),
+        (Trainer, "_get_grad_norm", ["model", "grad_norm"]),
         (HFLM, "_create_model", ["pretrained", "revision"]),
         (HFLM, "_model_call", ["inps", "attn_mask", "labels"]),
         (HFLM, "_model_generate", ["context", "max_length", "stop"]),

@@ -21,7 +21,7 @@ from dip_hf.trainer.checks.data import (
 from dip_hf.trainer.checks.resume import check_resumed
 from dip_hf.trainer.checks.streams import check_first_step, check_streamed
 from dip_hf.trainer.config import DIPSFTConfig
-from dip_hf.trainer.gradients import FiniteGradients, check_finite_weights
+from dip_hf.trainer.gradients import check_finite_gradient, check_finite_weights
 from dip_hf.trainer.publishing import PublishingTrainer
 
 
@@ -39,7 +39,7 @@ class CheckedTrainer(PublishingTrainer):
 
     Raises:
         ValueError: a dataset is empty, or has a row that trains nothing or lacks a value; names the row.
-        FloatingPointError: in training, on a gradient (see `FiniteGradients`) or on weights that are not finite.
+        FloatingPointError: in training, on a gradient's norm or on weights that are not finite.
     """
 
     def __init__(
@@ -63,7 +63,6 @@ class CheckedTrainer(PublishingTrainer):
         prepared = by_name(self.eval_dataset)
         for name, rows in by_name(eval_dataset).items():
             check_prepared(name, rows, prepared[name], args, packing)
-        self.add_callback(FiniteGradients)
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
@@ -93,6 +92,20 @@ class CheckedTrainer(PublishingTrainer):
         if checkpoint is not None:
             check_resumed(self.model, checkpoint)
         return super().train(checkpoint, *args, **kwargs)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """As Trainer's, which asks for it before every optimiser step.
+
+        Not checked in fp16, whose gradient scaler meets infinities and leaves such steps out itself; nor under
+        DeepSpeed, which keeps the gradients to itself.
+
+        Raises:
+            FloatingPointError: the norm is NaN or infinite.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self.args.mixed_precision != "fp16" and not self.is_deepspeed_enabled:  # of the arguments or the launcher
+            check_finite_gradient(norm, self.state.global_step)
+        return norm
 
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """As Trainer's.

@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dip_hf.dipnet.layer import LOG_VARIANCE
 from dip_hf.trainer.terms import NEW_RUN
 
 
-def total_norm(gradients: Iterable[Tensor]) -> Tensor:
-    """The norm of all gradients together, a plain scalar.
-
-    Args:
-        gradients: at least one; sharded ones (DTensors) and plain ones may be mixed, as under expert parallelism, and
-            the former lie on different meshes, of which torch takes one at a time.
-    """
-    by_mesh = defaultdict(list)
-    for gradient in gradients:
-        by_mesh[gradient.device_mesh if isinstance(gradient, DTensor) else None].append(gradient)
-    norms = [nn.utils.get_total_norm(group) for group in by_mesh.values()]
-    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    return whole[0] if len(whole) == 1 else nn.utils.get_total_norm(whole)
+def _whole(norm: Tensor) -> Tensor:
+    """A norm as a plain scalar; that of sharded tensors is a DTensor."""
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def check_finite_weights(model: nn.Module, step: int) -> None:
@@ -40,46 +25,31 @@ def check_finite_weights(model: nn.Module, step: int) -> None:
     Raises:
         FloatingPointError: one of them is NaN or infinite, or a log-variance whose standard deviation is; names it.
     """
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    values = {
-        name: (parameter.detach() / 2).exp() if f".{LOG_VARIANCE}." in name else parameter.detach()
-        for name, parameter in trained.items()
-    }
-    if not values or torch.isfinite(total_norm(values.values())):
-        return
-    ruined = [name for name, value in values.items() if not torch.isfinite(total_norm([value]))]
-    raise FloatingPointError(
-        f"Step {step}: the optimiser has made {ruined[0] if ruined else 'the weights'} infinite or NaN. Nothing was "
-        f"saved; checkpoints of earlier steps are intact. Start {NEW_RUN}"
-    )
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        value = (parameter.detach() / 2).exp() if f".{LOG_VARIANCE}." in name else parameter.detach()
+        if not torch.isfinite(_whole(nn.utils.get_total_norm([value]))):
+            raise FloatingPointError(
+                f"Step {step}: the optimiser has made {name} infinite or NaN. Nothing was saved; checkpoints of "
+                f"earlier steps are intact. Start {NEW_RUN}"
+            )
 
 
-class FiniteGradients(TrainerCallback):
-    """Stops a run before a step that would make its parameters NaN, and its next checkpoint worthless.
+def check_finite_gradient(norm: Tensor, step: int) -> None:
+    """The check before a step that would make the parameters NaN, and the next checkpoint worthless.
 
-    Not in fp16, whose gradient scaler meets infinities and leaves such steps out itself; nor under DeepSpeed, which
-    keeps the gradients to itself.
+    Args:
+        norm: of the trained parameters' gradient before it was clipped, a scalar; an infinite one clips it to 0.
+        step: the number of optimiser steps made.
 
     Raises:
-        FloatingPointError: the norm of the trained parameters' gradient is NaN or infinite; names the step.
+        FloatingPointError: the norm is NaN or infinite; names the step.
     """
-
-    def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
-        assert model is not None  # given by Trainer
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        if args.mixed_precision == "fp16" or not gradients:  # of the arguments, or of the launcher
-            return
-        norm = total_norm(gradients)
-        if not torch.isfinite(norm):
-            raise FloatingPointError(
-                f"Step {state.global_step}: the norm of the gradient is {norm.item()}, though every term of the loss "
-                "is finite. Training stopped before the optimiser step; checkpoints of earlier steps are intact. "
-                f"Start {NEW_RUN}"
-            )
+    whole = _whole(norm)
+    if not torch.isfinite(whole):
+        raise FloatingPointError(
+            f"Step {step}: the norm of the gradient is {whole.item()}, though every term of the loss is finite. "
+            "Training stopped before the optimiser step; checkpoints of earlier steps are intact. "
+            f"Start {NEW_RUN}"
+        )

@@ -1,12 +1,9 @@
-"""The norm of gradients that lie on several meshes, or on none."""
+"""Weights and gradients that lie on meshes, or on none."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -15,7 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from dip_hf.trainer.gradients import FiniteGradients, total_norm
+from dip_hf.trainer.gradients import check_finite_gradient, check_finite_weights
 
 
 @pytest.fixture
@@ -30,28 +27,22 @@ def sharded(values: list[float], mesh: DeviceMesh) -> DTensor:
     return distribute_tensor(torch.tensor(values), mesh, [Shard(0)] * mesh.ndim)
 
 
-def test_plain_gradients() -> None:
-    assert total_norm([torch.tensor([3.0]), torch.tensor([4.0])]).item() == 5
-
-
-def test_gradients_of_several_meshes(mesh: DeviceMesh) -> None:
-    experts, others = sharded([2.0, 4.0], mesh), sharded([5.0], mesh["fsdp"])
-    for gradients in ([experts, torch.tensor([6.0])], [experts, others], [experts, others, torch.tensor([6.0])]):
-        norm = total_norm(gradients)
-        assert not isinstance(norm, DTensor)
-        squares = sum(float(gradient.square().sum()) for gradient in gradients)
-        assert norm.item() == pytest.approx(math.sqrt(squares))
-
-
+@pytest.mark.parametrize("is_sharded", [True, False])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("is_expert", [True, False])
-def test_one_of_them_not_finite(is_expert: bool, value: float, mesh: DeviceMesh) -> None:
-    model: Any = nn.ParameterList([nn.Parameter(sharded([1.0], mesh)), nn.Parameter(torch.ones(1))])
-    model[0].grad, model[1].grad = sharded([value if is_expert else 1.0], mesh), torch.tensor([value])
-    if is_expert:
-        model[1].grad = torch.ones(1)
-    here: Any = (SimpleNamespace(mixed_precision="bf16"), SimpleNamespace(global_step=2), None)
-    with pytest.raises(FloatingPointError, match=r"Step 2: the norm of the gradient is (nan|inf)"):
-        FiniteGradients().on_pre_optimizer_step(*here, model=model)
-    here[0].mixed_precision = "fp16"  # whose scaler leaves such steps out, and which a launcher may have asked for
-    FiniteGradients().on_pre_optimizer_step(*here, model=model)
+def test_one_parameter_that_is_not_finite(is_sharded: bool, value: float, mesh: DeviceMesh) -> None:
+    model = nn.Module()
+    model.sharded = nn.Parameter(sharded([value if is_sharded else 1.0, 1.0], mesh))
+    model.expert = nn.Parameter(sharded([1.0], mesh["ep"]))
+    model.plain = nn.Parameter(torch.tensor([1.0 if is_sharded else value]))
+    name = "sharded" if is_sharded else "plain"
+    with pytest.raises(FloatingPointError, match=f"Step 2: the optimiser has made {name} infinite or NaN"):
+        check_finite_weights(model, 2)
+    getattr(model, name).requires_grad_(False)
+    check_finite_weights(model, 2)
+
+
+def test_the_norm_of_sharded_gradients(mesh: DeviceMesh) -> None:
+    gradient = sharded([3.0, 4.0], mesh)
+    check_finite_gradient(nn.utils.get_total_norm([gradient]), 2)
+    with pytest.raises(FloatingPointError, match="Step 2: the norm of the gradient is inf"):
+        check_finite_gradient(nn.utils.get_total_norm([gradient / 0]), 2)
