@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
+from collections import Counter
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -118,11 +119,9 @@ class DIPNetConfig(LoraConfig):
             )
         if self.block_names == []:
             raise ValueError("block_names=[] names no block; name all decoder blocks, or leave it unset.")
-        twice = [name for name in self.block_names or () if (self.block_names or []).count(name) > 1]
+        twice = [name for name, times in Counter(self.block_names).items() if times > 1]
         if twice:
-            raise ValueError(
-                f"block_names={self.block_names} has {twice[0]!r} twice; name every block once, in order."
-            )
+            raise ValueError(f"block_names has {twice[0]!r} twice; name every block once, in order.")
         for name in ("noise_blocks", "variational_blocks"):
             blocks = getattr(self, name)
             if isinstance(blocks, tuple | range):
