@@ -14,7 +14,7 @@ from dip_hf.dipnet.config import DIPNetConfig
 from dip_hf.dipnet.layer import SITE_NAME, NoiseSite, random_layers
 from dip_hf.dipnet.placement import add_posteriors, check_targets
 from dip_hf.dipnet.saving import SavedLoraModel
-from dip_hf.dipnet.trajectories import check_model, fold_trajectories
+from dip_hf.dipnet.trajectories import check_trajectories, fold_trajectories
 from dip_hf.ibvi.layer import Covariance, all_active_covariances, forget_posterior, make_point, note_sample
 from dip_hf.noise import NoiseKey
 from dip_hf.noise_state import NoiseState, Sampling, given_mask
@@ -218,12 +218,7 @@ class DIPNetModel(SavedLoraModel):
         if isinstance(trajectories, bool) or not isinstance(trajectories, int) or trajectories < 1:
             raise ValueError(f"trajectories={trajectories!r} must be a whole number, at least 1.")
         if trajectories > 1:
-            check_model(self.model, trajectories)
-            if any(self.peft_config[name].alora_invocation_tokens is not None for name in self.active_adapters):
-                raise ValueError(
-                    f"trajectories={trajectories} with alora_invocation_tokens: aLoRA knows where a row's invocation "
-                    "is for the rows of the batch, not for their copies; sample one trajectory at a time."
-                )
+            check_trajectories(self.model, [self.peft_config[name] for name in self.active_adapters], trajectories)
         sampling = Sampling(key.tensor(), (posterior_key or key).tensor(), trajectories, averaged, everywhere)
         if any(self.peft_config[name].variational_rank for name in self.active_adapters):
             note_sample(self.model, sampling.posterior_key, trajectories)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 
 from dip_hf.block_call import BY_HEAD, BlockCall
@@ -44,15 +45,23 @@ def _fold_named(name: str, value: Any, batch: int, length: int, trajectories: in
     return _fold_argument(value, batch, trajectories)
 
 
-def check_model(model: nn.Module, trajectories: int) -> None:
+def check_trajectories(model: nn.Module, adapters: Iterable[LoraConfig], trajectories: int) -> None:
     """
     Args:
         model: whose blocks are to be folded.
+        adapters: the active ones.
         trajectories: m > 1.
 
     Raises:
-        ValueError: the model counts its rows in front of the blocks, and not after them, or may leave blocks out.
+        ValueError: the model or an adapter counts its rows in front of the blocks, and not after them, or the model
+            may leave blocks out.
     """
+    if any(adapter.alora_invocation_tokens is not None for adapter in adapters):
+        raise ValueError(
+            f"trajectories={trajectories} with alora_invocation_tokens: aLoRA knows where a row's invocation is for "
+            "the rows of the batch, not for their copies; leave alora_invocation_tokens unset, or set "
+            "num_trajectories (or num_samples) to 1."
+        )
     config = getattr(model, "config", None)
     if type(model).__name__.endswith("ForSequenceClassification"):
         raise ValueError(

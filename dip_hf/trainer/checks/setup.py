@@ -14,6 +14,7 @@ from transformers.utils.generic import is_flash_attention_requested
 from trl import SFTTrainer
 
 from dip_hf.dipnet.layer import NoiseSite, own_parameters
+from dip_hf.dipnet.trajectories import check_trajectories
 from dip_hf.trainer.checks.adapter import active_lora
 from dip_hf.trainer.config import DIPSFTConfig
 
@@ -127,14 +128,7 @@ def check_fsdp(model: nn.Module, plugin: FullyShardedDataParallelPlugin) -> None
 
 
 def _check_trajectories(trainer: SFTTrainer, trajectories: int) -> None:
-    if any(config.alora_invocation_tokens is not None for config in active_lora(trainer.model)):
-        raise ValueError(
-            f"num_trajectories={trajectories} does not work with alora_invocation_tokens: aLoRA knows where a row's "
-            "invocation is for the rows of the batch, not for their copies; leave alora_invocation_tokens unset, or "
-            "set num_trajectories to 1."
-        )
-    config = trainer.model.config
-    kinds = set(config.get_text_config().to_dict().get("layer_types") or ()) - _ATTENTIONS
+    kinds = set(trainer.model.config.get_text_config().to_dict().get("layer_types") or ()) - _ATTENTIONS
     if trainer.padding_free and kinds:
         raise ValueError(
             f"num_trajectories={trajectories} with packing or padding_free=True: {sorted(kinds)[0]} blocks read the "
@@ -145,11 +139,7 @@ def _check_trajectories(trainer: SFTTrainer, trajectories: int) -> None:
             f"num_trajectories={trajectories} does not work with a router loss, which compares the batch with its "
             "mask; set router_aux_loss_coef=0.0 or num_trajectories=1."
         )
-    if config._attn_implementation == "flex_attention":
-        raise ValueError(
-            f"num_trajectories={trajectories} does not work with attn_implementation={config._attn_implementation!r}, "
-            "whose masks cannot be repeated; use 'sdpa' or a flash attention."
-        )
+    check_trajectories(trainer.model.get_base_model(), active_lora(trainer.model), trajectories)
 
 
 def _check_stability(trainer: SFTTrainer, weight: float) -> None:
@@ -196,14 +186,14 @@ def check_batch(model: PreTrainedModel, inputs: Mapping[str, Any], trajectories:
             `cu_seq_lens_q` beside them); or the model adds features of images between its blocks.
     """
     images = [name for name in ("pixel_values", "pixel_values_videos") if inputs.get(name) is not None]
-    config = model.config.to_dict()
-    if images and (
-        config.get("deepstack_layer_map") or (config.get("vision_config") or {}).get("deepstack_visual_indexes")
-    ):
-        raise ValueError(
-            f"num_trajectories={trajectories}: {type(model).__name__} adds features of {images[0]} to the rows "
-            "between its blocks, and knows nothing of their copies; train on text alone, or set num_trajectories to 1."
-        )
+    if images:
+        config = model.config.to_dict()  # a deep copy
+        if config.get("deepstack_layer_map") or (config.get("vision_config") or {}).get("deepstack_visual_indexes"):
+            raise ValueError(
+                f"num_trajectories={trajectories}: {type(model).__name__} adds features of {images[0]} to the rows "
+                "between its blocks, and knows nothing of their copies; train on text alone, or set num_trajectories "
+                "to 1."
+            )
     positions = inputs.get("position_ids")
     if positions is None or inputs.get("attention_mask") is not None or inputs.get("cu_seq_lens_q") is not None:
         return

@@ -98,7 +98,7 @@ def test_second_passes(lora: dict[str, Any], options: dict[str, Any], tmp_path: 
 
 
 def test_copies_of_rows_whose_invocation_is_known(tmp_path: Path) -> None:
-    message = r"num_trajectories=2 does not work with alora_invocation_tokens: .*or set num_trajectories to 1"
+    message = r"trajectories=2 with alora_invocation_tokens: .*or set num_trajectories \(or num_samples\) to 1"
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, DIPNetConfig(**ALORA), {"num_trajectories": 2})
     make_trainer(tmp_path, DIPNetConfig(**ALORA)).train()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -126,13 +125,20 @@ def test_images_that_enter_between_blocks() -> None:
     model: Any = SimpleNamespace(config=vision)
     with pytest.raises(ValueError, match=r"num_trajectories=2: .* adds features of pixel_values .* on text alone"):
         check_batch(model, {"pixel_values": torch.zeros(1)}, 2)
-    check_batch(model, {"input_ids": torch.zeros(1, 2)}, 2)
+    check_batch(SimpleNamespace(config=None), {"input_ids": torch.zeros(1, 2)}, 2)  # which nothing is asked of
 
 
-def test_flex_attention(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("_attn_implementation", "flex_attention", "trajectories=2 with attn_implementation='flex_attention'"),
+        ("model_type", "gpt_bigcode", "trajectories=2: GPT-BigCode .*set num_trajectories"),
+    ],
+)
+def test_models_whose_rows_cannot_be_repeated(field: str, value: str, message: str, tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, DIPNetConfig(**ADAPTER), {"num_trajectories": 2})
-    trainer.model.config._attn_implementation = "flex_attention"
-    with pytest.raises(ValueError, match=re.escape("attn_implementation='flex_attention'")):
+    setattr(trainer.model.config, field, value)
+    with pytest.raises(ValueError, match=message):
         check_noise_setup(trainer, trainer.args)
 
 
