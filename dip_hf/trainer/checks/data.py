@@ -54,23 +54,18 @@ def check_dataset(name: str, dataset: object, args: SFTConfig) -> None:
     if "labels" not in dataset.column_names:  # which TRL then makes of the masks
         ignored |= {"assistant_masks": 0, **({"completion_mask": 0} if completion_only else {})}
     ignored = {column: value for column, value in ignored.items() if column in dataset.column_names}
-    for column, value in ignored.items():
+    for column in ignored:
         if not _holds_numbers(dataset.features[column]):
             raise ValueError(
                 f"{name}: the column {column!r} must hold a list with an entry for each token, got "
                 f"{dataset.with_format(None)[0][column]!r} in row 0; rename or remove it."
             )
-        row = _untrained_row(name, dataset, {column: value})
-        if row is not None:
-            raise ValueError(
-                f"{name} row {row}: every entry of {column!r} is {value} (the first does not count, for nothing "
-                "predicts it), so the row trains nothing; drop it or label at least one token."
-            )
-    row = _untrained_row(name, dataset, ignored) if len(ignored) > 1 else None
+    row = _untrained_row(name, dataset, ignored) if ignored else None
     if row is not None:  # TRL labels a token where all masks do
+        labelled = " and ".join(f"{column!r} other than {value}" for column, value in ignored.items())
         raise ValueError(
-            f"{name} row {row}: {' and '.join(ignored)} have no token in common (the first does not count, for "
-            "nothing predicts it), so the row trains nothing; drop it, or remove one of the columns."
+            f"{name} row {row}: no token has {labelled} (the first does not count, for nothing predicts it), so the "
+            "row trains nothing; drop it or label at least one token."
         )
     if args.assistant_only_loss and "messages" in dataset.column_names:
         for index, messages in enumerate(dataset.with_format(None)["messages"]):

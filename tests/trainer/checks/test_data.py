@@ -26,9 +26,15 @@ SHARED = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
     ("rows", "message"),
     [
         ([], "train_dataset is empty; give at least one example"),
-        ([GOOD, {"input_ids": [3, 4], "labels": [-100, -100]}], "train_dataset row 1: .*'labels' is -100.*drop it"),
+        (
+            [GOOD, {"input_ids": [3, 4], "labels": [-100, -100]}],
+            "row 1: no token has 'labels' other than -100 .*drop it",
+        ),
         ([{"input_ids": [3, 4], "labels": [3, -100]}], "train_dataset row 0: .*'labels'.*drop it"),  # no prediction
-        ([{"input_ids": [3, 4], "assistant_masks": [0, 0]}], "train_dataset row 0: .*'assistant_masks' is 0.*drop it"),
+        (
+            [{"input_ids": [3, 4], "assistant_masks": [0, 0]}],
+            "row 0: no token has 'assistant_masks' other than 0 ",
+        ),
     ],
 )
 def test_pretokenised_data(rows: list[dict[str, list[int]]], message: str, tmp_path: Path) -> None:
@@ -63,7 +69,7 @@ def test_a_mask_of_completions(completion_only: bool | None, tmp_path: Path) -> 
     for rows, used in ((row, completion_only is True), ({**row, **text}, completion_only is not False)):
         options, data = {"completion_only_loss": completion_only}, Dataset.from_list([rows])
         if used:
-            with pytest.raises(ValueError, match=r"train_dataset row 0: .*'completion_mask' is 0.*drop it"):
+            with pytest.raises(ValueError, match=r"train_dataset row 0: .*'completion_mask' other than 0 .*drop it"):
                 make_trainer(tmp_path, None, options, data=data)
         else:
             trainer = make_trainer(tmp_path, None, options, data=data)
@@ -73,7 +79,8 @@ def test_a_mask_of_completions(completion_only: bool | None, tmp_path: Path) -> 
 def test_masks_without_a_token_in_common(tmp_path: Path) -> None:
     row = {"input_ids": [3, 4, 5, 6], "completion_mask": [0, 0, 1, 1], "assistant_masks": [0, 1, 0, 0]}
     good, options = {**row, "assistant_masks": [0, 1, 0, 1]}, {"completion_only_loss": True}
-    with pytest.raises(ValueError, match=r"row 1: assistant_masks and completion_mask have no token in common .*drop"):
+    message = r"row 1: no token has 'assistant_masks' other than 0 and 'completion_mask' other than 0 .*drop it"
+    with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, None, options, data=Dataset.from_list([good, row]))
     trainer = make_trainer(tmp_path, None, options, data=Dataset.from_list([good]))
     assert trainer.train_dataset[0]["labels"] == [-100, -100, -100, 6]
