@@ -192,5 +192,3 @@ def test_choices_that_say_nothing_are_refused(k: int, n: int, reason: str) -> No
 def test_identical_grids_are_refused() -> None:
     with pytest.raises(ValueError, match="exact for every f"):
         spline_codec(sample_nodes(6), sample_nodes(6))
-    with pytest.raises(ValueError, match="distinct"):
-        natural_spline_matrix(torch.tensor([1.0, 1.0]), torch.tensor([0.0]))
