@@ -31,10 +31,8 @@ class CheckedTrainer(PublishingTrainer):
     Args:
         model: as for `SFTTrainer`.
         args: of the run.
-        data_collator: as for `SFTTrainer`.
         train_dataset: as for `SFTTrainer`; neither empty nor with rows that train no token.
         eval_dataset: likewise.
-        processing_class: as for `SFTTrainer`.
         **kwargs: as for `SFTTrainer`.
 
     Raises:
@@ -46,18 +44,15 @@ class CheckedTrainer(PublishingTrainer):
         self,
         model: Any,
         args: DIPSFTConfig,
-        data_collator: Any = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
-        processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
         for name, rows in {"train_dataset": train_dataset, **by_name(eval_dataset)}.items():
             check_dataset(name, rows, args)
             if kwargs.get("formatting_func") is None:
                 check_columns(name, rows, args)
-        data = {"data_collator": data_collator, "train_dataset": train_dataset, "eval_dataset": eval_dataset}
-        super().__init__(model, args, **data, processing_class=processing_class, **kwargs)
+        super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         check_prepared("train_dataset", train_dataset, self.train_dataset, args, args.packing)
         packing = args.packing if args.eval_packing is None else args.eval_packing
         prepared = by_name(self.eval_dataset)

@@ -91,7 +91,8 @@ class DIPSFTTrainer(CheckedTrainer):
             adapter.task_type = TaskType.CAUSAL_LM
         known = own_parameters(model) if isinstance(model, PeftModel) else {}
         given = {name: parameter.detach().clone() for name, parameter in known.items()}
-        super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
+        kwargs |= {"data_collator": data_collator, "processing_class": processing_class}
+        super().__init__(model, args, train_dataset, eval_dataset, **kwargs)
         check_monteclora(self)
         # Global step and index of its last micro-batch; evaluation counts apart, so that training does not notice it
         self._micro_steps = {True: (-1, -1), False: (-1, -1)}
