@@ -42,18 +42,13 @@ class Surroundings(NamedTuple):
     @contextmanager
     def restored_generators(self) -> Iterator[None]:
         """Draw what was drawn from then on; afterwards the generators go on from where they were."""
-        others: dict[str, list[torch.device]] = {}
-        for device in self.states:
-            if device.type != "cpu":
-                others.setdefault(device.type, []).append(device)
         with ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(devices=[]))
-            for kind, devices in others.items():
-                stack.enter_context(torch.random.fork_rng(devices=devices, device_type=kind))
             for device, state in self.states.items():
                 if device.type == "cpu":
                     torch.set_rng_state(state)
                 else:
+                    stack.enter_context(torch.random.fork_rng(devices=[device], device_type=device.type))
                     torch.get_device_module(device).set_rng_state(state, device)
             yield
 

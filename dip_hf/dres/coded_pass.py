@@ -8,7 +8,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,19 +44,16 @@ class DReSRecord:
         return torch.stack([error.to(device) for error in errors]).mean()
 
 
-def _again(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    IN_SECOND_PASS.set(True)
-    return function(*args, **kwargs)
-
-
-def rerun(surroundings: Surroundings, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def rerun(surroundings: Surroundings, function: Callable[[Tensor], Tensor], given: Tensor) -> Tensor:
     """Call `function` once more without a trace in the main branch.
 
     Left untouched are the main branch's random numbers, and what transformers records of it (`output_router_logits`
     and the like), which it collects in a context variable: the call gets a context of its own.
     """
+    context = contextvars.Context()
+    context.run(IN_SECOND_PASS.set, True)
     with surroundings.restored_generators():
-        return contextvars.Context().run(_again, function, *args, **kwargs)
+        return context.run(function, given)
 
 
 class CodedPass(ABC):
