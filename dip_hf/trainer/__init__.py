@@ -1,4 +1,4 @@
-"""The only part that knows TRL: the trainer composes the task loss and the regularisers."""
+"""The only part that knows TRL's trainer, around whose loss it composes the regularisers."""
 
 from dip_hf.trainer.config import DIPSFTConfig
 from dip_hf.trainer.optimizer import optimizer_groups
