@@ -52,7 +52,7 @@ def check_fields(config: LoraConfig) -> None:
     for name, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         if not isinstance(pattern, dict) or not all(_fits(value, float) for value in pattern.values()):
             raise ValueError(f"{name}={_short(pattern)} must be a dictionary of numbers; correct or remove it.")
-    ranks = {"r": config.r, **{f"rank_pattern[{key!r}]": rank for key, rank in (config.rank_pattern or {}).items()}}
+    ranks = {"r": config.r, **{f"rank_pattern[{key!r}]": rank for key, rank in config.rank_pattern.items()}}
     for name, rank in ranks.items():
         if not isinstance(rank, int) or rank < 1:
             raise ValueError(f"{name}={_short(rank)} must be a whole number of at least 1.")
@@ -62,7 +62,7 @@ def check_fields(config: LoraConfig) -> None:
             "would import the module of that name, which a DIPNet adapter may not choose; remove both."
         )
     for name in _PATTERN_FIELDS:
-        value = getattr(config, name, None)
+        value = getattr(config, name)
         lists_are_names = name in ("target_modules", "exclude_modules")  # compared, not matched
         patterns = [value] if isinstance(value, str) else [] if lists_are_names or value is None else value
         for pattern in patterns if isinstance(patterns, list | tuple | set | dict) else ():

@@ -41,9 +41,8 @@ def initial_covariance(rank: int, shape: tuple[int, int], scale: float, seed: in
     Returns:
         S, shape (R, r, n), fp32, on the CPU.
     """
-    with torch.device("cpu"):  # transformers builds models under the meta device
-        place = derive_seed(NoiseKey(seed).tensor(), number, -1)  # no pass has a trajectory -1
-        return gaussian((rank, *shape), place, torch.device("cpu")) * (scale / (shape[1] * rank) ** 0.5)
+    place = derive_seed(NoiseKey(seed).tensor(), number, -1)  # no pass has a trajectory -1
+    return gaussian((rank, *shape), place, torch.device("cpu")) * (scale / (shape[1] * rank) ** 0.5)
 
 
 def posterior_coefficients(key: Tensor, number: int, trajectories: int, rank: int) -> Tensor:

@@ -212,7 +212,7 @@ class DIPSFTTrainer(CheckedTrainer):
         self._step_values.clear()
         self._metrics["train"].clear()  # what an earlier run has not logged
         if self.dres is not None:
-            self.dres.check(self._train_batch_size // max(1, self.args.n_gpu), self.padding_free)
+            self.dres.check(self._train_batch_size, self.padding_free)
         return super().get_train_dataloader()
 
     def get_batch_samples(
