@@ -87,6 +87,9 @@ class DIPLM(HFLM):
         **kwargs: as in `hf`, but `revision` is the base's alone, and an adapter on the Hub is that of its main branch.
             `peft` may name several LoRA adapters, `A+B+C`, whose probabilities are averaged.
 
+    Attributes:
+        cut_prompts: of the requests so far, those longer than the model's context, of which it read the end only.
+
     Raises:
         ValueError: `num_samples` < 0, or > 0 without anything to sample; `temperature` ≤ 0; or two kinds of averages,
             or an average and a temperature, at once.
@@ -119,6 +122,7 @@ class DIPLM(HFLM):
         self.num_samples = num_samples
         self.noise_seed = noise_seed
         self.temperature = temperature
+        self.cut_prompts: set[str] = set()
         self._calls = 0
         self._sampler: Sampler | None
         if others:
@@ -149,6 +153,29 @@ class DIPLM(HFLM):
     def _next_key(self) -> NoiseKey:
         self._calls += 1
         return NoiseKey(self.noise_seed, step=self._calls, rank=self.rank)
+
+    def tok_batch_encode(
+        self,
+        strings: list[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """As `hf`'s, which cuts the prompts of generations here."""
+        tokens, mask = super().tok_batch_encode(strings, padding_side, left_truncate_len, truncation)
+        if left_truncate_len is not None and tokens.shape[1] == left_truncate_len:
+            self.cut_prompts.update(text for text in strings if len(self.tok_encode(text)) > left_truncate_len)
+        return tokens, mask
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """As `hf`'s, which cuts the prompts of choices here."""
+        room = self.max_length + 1  # the last token is predicted only
+        self.cut_prompts.update(
+            texts[0] for texts, prompt, answer in requests if texts is not None and len(prompt) + len(answer) > room
+        )
+        return super()._loglikelihood_tokens(requests, disable_tqdm, **kwargs)
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         """As `hf`'s, over the temperature; averages are log-probabilities. Shape (batch, length, vocabulary)."""

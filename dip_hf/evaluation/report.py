@@ -22,7 +22,7 @@ from dip_hf.evaluation.calibration_report import (
 from dip_hf.evaluation.results import CheckpointScores, EvaluationSettings, TaskScores
 from dip_hf.evaluation.statistics import PairedDifference, accuracy, paired_difference, standard_error
 from dip_hf.evaluation.tables import Table, markdown, plain
-from dip_hf.evaluation.wording import describe_items, describe_split
+from dip_hf.evaluation.wording import describe_cut, describe_items, describe_split
 
 
 RESAMPLES = 10_000
@@ -91,11 +91,12 @@ class Report:
     @property
     def footnote(self) -> str:
         """How to read the numbers."""
+        cut = describe_cut({result.checkpoint.name: result.cut_prompts for result in self.results})
         return (
             f"Accuracy in % ± one standard error over items, the unweighted mean over a set's tasks. Difference to "
             f"{self.names[0]} in percentage points on the same items, with its 95% bootstrap interval. Neither covers "
-            "the choice of a training seed."
-        )
+            f"the choice of a training seed. {cut}"
+        ).rstrip()
 
 
 def make_report(settings: EvaluationSettings, results: Sequence[CheckpointScores]) -> Report:
@@ -264,6 +265,7 @@ def to_json(report: Report) -> str:
                 "dropout": result.checkpoint.dropout,
                 "temperature": result.temperature,
                 "weights": result.weights,
+                "cut_prompts": result.cut_prompts,
                 "seconds": round(result.seconds, 1),
             }
             for result in report.results

@@ -137,6 +137,7 @@ class CheckpointScores:
         temperature: fitted, where one was asked for; else None.
         weights: for each folder that was loaded, its weight files' SHA-256; none for a base from the Hub.
         revision: of a base from the Hub, for all checkpoints alike; None for main.
+        cut_prompts: number of prompts longer than the model's context, of which it read the end only.
     """
 
     checkpoint: Checkpoint
@@ -147,6 +148,7 @@ class CheckpointScores:
     temperature: float | None = None
     weights: tuple[dict[str, str], ...] = ()
     revision: str | None = None
+    cut_prompts: int = 0
 
     @property
     def prediction(self) -> Prediction:

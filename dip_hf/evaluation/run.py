@@ -13,6 +13,7 @@ from typing import Any
 import lm_eval.api.task
 import torch
 from lm_eval.evaluator import evaluate
+from lm_eval.models.utils import normalize_gen_kwargs
 from transformers import AutoTokenizer
 
 from dip_hf.environment import resolve_device
@@ -94,7 +95,7 @@ def evaluate_checkpoints(
         The scores, in the order of `checkpoints`.
 
     Raises:
-        ValueError: a model cannot be loaded, or an answer cannot be calibrated.
+        ValueError: a model cannot be loaded, or holds no answer of a task, or an answer cannot be calibrated.
     """
     revision = common_revision(checkpoints, settings.model)
     for index, checkpoint in enumerate(checkpoints, start=1):
@@ -172,6 +173,7 @@ def _evaluate_one(
     temperature = None
     with _quiet():
         model = load_model(settings, checkpoint, revision)
+        _check_room(model, tasks["tasks"])
         if checkpoint.temperature:
             home = _in_distribution(settings, tasks)
             held_out = load_tasks(home, settings.include_path, limit=1, validation_items=VALIDATION_ITEMS)["tasks"]
@@ -182,8 +184,28 @@ def _evaluate_one(
         scores = [_task_scores(settings, model, tasks, *named) for named in results["samples"].items()]
     num_samples, seconds = checkpoint.num_samples(settings.num_samples), time.perf_counter() - start
     return CheckpointScores(
-        checkpoint, checkpoint.kind, num_samples, seconds, tuple(scores), temperature, weights, revision
+        checkpoint=checkpoint,
+        kind=checkpoint.kind,
+        num_samples=num_samples,
+        seconds=seconds,
+        tasks=tuple(scores),
+        temperature=temperature,
+        weights=weights,
+        revision=revision,
+        cut_prompts=len(model.cut_prompts),
     )
+
+
+def _check_room(model: DIPLM, tasks: dict[str, Any]) -> None:
+    """Refuse tasks whose answers may fill the whole context, where lm-eval would stop amid its work."""
+    for name, task in tasks.items():
+        if task.OUTPUT_TYPE == "generate_until":
+            tokens = normalize_gen_kwargs(task.config.generation_kwargs or {}, model.max_gen_toks)["max_gen_toks"]
+            if tokens >= model.max_length:
+                raise ValueError(
+                    f"tasks: {name} generates up to {tokens} tokens (max_gen_toks), which leaves no room for a prompt "
+                    f"in the model's context of {model.max_length}; leave the task out, or evaluate another model"
+                )
 
 
 def _task_scores(

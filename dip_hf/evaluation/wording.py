@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 
@@ -46,6 +46,16 @@ def describe_items(limit: int | None, sizes: Collection[int]) -> str:
         return "all items"
     most = min(limit, max(sizes))  # a task may hold fewer
     return f"{'' if most <= min(sizes) else 'at most '}the first {most} items of each task"
+
+
+def describe_cut(prompts: Mapping[str, int]) -> str:
+    """A warning where prompts were cut; else empty.
+
+    Args:
+        prompts: by checkpoint, the number of those longer than its context.
+    """
+    counts = ", ".join(f"{number} of {name}" for name, number in prompts.items() if number)
+    return f"Prompts longer than the model's context, of which it read the end only: {counts}." if counts else ""
 
 
 def describe_split(split: str) -> str:

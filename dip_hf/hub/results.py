@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import EvalResult, EvalResultEntry
 
 from dip_hf.adapter_files import CONFIG_NAME
-from dip_hf.evaluation.wording import Prediction, describe_items, describe_split
+from dip_hf.evaluation.wording import Prediction, describe_cut, describe_items, describe_split
 from dip_hf.hub.record import scrub
 from dip_hf.hub.settings import check_repo_id
 from dip_hf.model_files import weight_digests
@@ -94,6 +94,11 @@ class Results:
     def items(self) -> str:
         """Which items of each task were used, in words."""
         return describe_items(self.report["settings"]["limit"], [block["items"] for block in self.report["tasks"]])
+
+    @property
+    def cut_prompts(self) -> str:
+        """A sentence where prompts were cut; else empty, as for older reports, which do not say."""
+        return describe_cut({entry["name"]: entry.get("cut_prompts", 0) for entry in self.report["checkpoints"]})
 
     def model_index(self) -> list[EvalResult]:
         """This run's results on task sets, as the metadata `model-index` of a model card has them; in %."""

@@ -65,6 +65,14 @@ def test_without_trajectories_it_is_the_stock_model(
     assert generate(ours) == generate(stock)
 
 
+def test_cut_prompts_of_choices_are_noted(base_folder: str) -> None:
+    model = load(DIPLM, base_folder, None)
+    fits, cut = "1" * 511, "1" * 512  # of 512 tokens, one a letter, and the last one is predicted only
+    pairs = requests("loglikelihood", *((prompt, answer) for prompt in (fits, cut) for answer in (" 1", " 2")))
+    model.loglikelihood(pairs, disable_tqdm=True)
+    assert model.cut_prompts == {cut}
+
+
 def test_a_call_averages_what_a_loop_over_trajectories_gives(base_folder: str, dipnet_folder: str) -> None:
     model = load(DIPLM, base_folder, dipnet_folder, num_samples=3, noise_seed=5)
     tokens = torch.randint(0, 200, (2, 9))

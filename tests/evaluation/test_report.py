@@ -97,6 +97,7 @@ def test_the_json_holds_settings_counts_and_no_single_item() -> None:
         "dropout": False,
         "temperature": None,
         "weights": [],
+        "cut_prompts": 0,
         "seconds": 1.2,
     }
     assert content["environment"]["packages"]["torch"]

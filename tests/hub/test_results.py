@@ -84,6 +84,12 @@ def test_the_card_claims_no_more_items_than_there_were(
     assert f"Scored on {words}" in card_of(staged(run_folder, tmp_path / "work")).text
 
 
+def test_the_card_says_which_prompts_were_cut(run_folder: Path, tmp_path: Path) -> None:
+    save_report(run_folder, {"cut_prompts": 3})
+    text = card_of(staged(run_folder, tmp_path / "work")).text
+    assert r" of which it read the end only\: 3 of mine\. The whole report" in text
+
+
 def found(folder: Path, report: Path, **options: Any) -> Results:
     results = read_results(folder, str(report), **options)
     assert results is not None
