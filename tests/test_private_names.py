@@ -35,6 +35,7 @@ def test_the_installed_version_is_one_that_is_declared(package: str) -> None:
         (Trainer, "_get_grad_norm", ["model", "grad_norm"]),
         (HFLM, "_create_model", ["pretrained", "revision"]),
         (HFLM, "_model_call", ["inps", "attn_mask", "labels"]),
+        (HFLM, "_loglikelihood_tokens", ["requests", "disable_tqdm"]),
         (HFLM, "_model_generate", ["context", "max_length", "stop"]),
         (torch._C, "_current_graph_task_id", None),  # of C
         (lm_eval.api.task, "tqdm", None),
