@@ -16,8 +16,8 @@ _KINDS = {"noise": ("Gaussian noise", "#0072B2"), "fgsm": ("FGSM", "#D55E00"), "
 def draw(result: dict[str, Any], path: str | Path) -> None:
     """Write what `dip_hf.diagnostics.run.diagnose` returns as PNG.
 
-    Panels: derivatives (mean and largest, in units of the embedding RMS); the reconstruction error over N, where it
-    was measured; exact match and NLL over the strength of each perturbation.
+    Panels: norms of gradient and Hessian (mean and largest, in units of the embedding RMS); the reconstruction error
+    over N, where it was measured; exact match and NLL over the strength of each perturbation.
 
     Args:
         result: the measured values.
@@ -28,36 +28,30 @@ def draw(result: dict[str, Any], path: str | Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    panels = 3 + bool(result["reconstruction"])
+    widths = [0.5, 0.5, *([1.0] if result["reconstruction"] else []), 1.0, 1.0]
     # A Figure of its own, not pyplot's: nothing global, and no display is looked for
-    figure = Figure(figsize=(3.7 * panels, 3.8), layout="constrained", dpi=150)
-    axes = list(figure.subplots(1, panels, squeeze=False)[0])
-    _draw_smoothness(axes[0], result["smoothness"])
+    figure = Figure(figsize=(3.7 * sum(widths), 3.8), layout="constrained", dpi=150)
+    axes = list(figure.subplots(1, len(widths), width_ratios=widths))
+    _draw_smoothness(axes[0], result["smoothness"], "gradient_norm", "Gradient norm", "nats / RMS")
+    _draw_smoothness(axes[1], result["smoothness"], "hessian_norm", "Hessian norm", "nats / RMS²")
     if result["reconstruction"]:
-        _draw_reconstruction(axes[1], result["reconstruction"])
+        _draw_reconstruction(axes[2], result["reconstruction"])
     _draw_robustness(axes[-2], result["robustness"], "exact_match", "Exact match in %", 100)
+    axes[-2].set_ylim(-3, 105)
     _draw_robustness(axes[-1], result["robustness"], "nll", "NLL, nats per answer", 1)
+    axes[-1].set_ylim(bottom=0)
     for panel in axes:
         panel.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{Path(result['settings']['adapter']).name}, {int(result['smoothness']['examples'])} examples")
     figure.savefig(path)
 
 
-def _draw_smoothness(axes: Axes, values: dict[str, float]) -> None:
-    names = ("gradient_norm", "hessian_norm")
-    for shift, kind, colour in ((-0.2, "mean", "#999999"), (0.2, "max", "#E69F00")):
-        heights = [values[f"relative_{name}_{kind}"] for name in names]
-        places = [index + shift for index in range(len(names))]
-        axes.bar(places, heights, 0.36, color=colour, label=kind)
-        for place, height in zip(places, heights, strict=True):
-            axes.annotate(
-                f"{height:.3g}", (place, height), (0, 2), textcoords="offset points", ha="center", fontsize=8
-            )
-    axes.set_yscale("log")
-    axes.margins(y=0.1)
-    axes.set_xticks(range(2), ["gradient,\nnats / RMS", "Hessian,\nnats / RMS²"])
-    axes.set_title("Derivatives of the loss")
-    axes.legend(frameon=False, fontsize=8)
+def _draw_smoothness(axes: Axes, values: dict[str, float], name: str, title: str, unit: str) -> None:
+    for kind, colour in (("mean", "#999999"), ("max", "#E69F00")):
+        bar = axes.bar(kind, values[f"relative_{name}_{kind}"], color=colour)
+        axes.bar_label(bar, fmt="{:.3g}", fontsize=8)
+    axes.set_ylabel(unit)
+    axes.set_title(title)
 
 
 def _draw_reconstruction(axes: Axes, rows: dict[int, dict[str, float]]) -> None:
@@ -83,7 +77,6 @@ def _draw_robustness(axes: Axes, rows: dict[str, dict[str, float]], field: str, 
         if points:
             axes.plot(*zip(*points, strict=True), "o-", color=colour, label=label)
     axes.set_xscale("log")
-    axes.set_ylim(bottom=0)
     axes.set_xlabel("strength (× embedding RMS; typos: share of words)")
     axes.xaxis.label.set_fontsize(8)
     axes.set_title(title)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -87,8 +88,15 @@ def _figure(size: tuple[float, float]) -> Figure:
 
 
 def _save(figure: Figure, axes: Axes, path: str | Path) -> None:
+    """Write the figure with a legend of as many columns as fit, its rows below what is drawn."""
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 8), frameon=False)
+    width, height = figure.get_size_inches()
+    for columns in range(len(labels), 0, -1):
+        legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+        if legend.get_window_extent().width <= figure.bbox.width or columns == 1:
+            break
+        legend.remove()
+    figure.set_size_inches(width, height + 0.2 * (math.ceil(len(labels) / columns) - 1))
     figure.savefig(path)
 
 
