@@ -79,7 +79,7 @@ def _add_push(commands: Any) -> None:
     add("folder", metavar="FOLDER", help="folder of a finished run: an adapter, or a whole model")
     add("repo_id", metavar="REPO_ID", help="repository on the Hub, such as you/name; made where it is missing")
     add("--base_model", help="the base's name on the Hub; needed where the run was trained on a local folder")
-    add("--datasets", nargs="+", help="what it was trained on; default: what the run's card says")
+    add("--datasets", nargs="+", help="what it was trained on; default: what the run recorded")
     add("--report", help="report.json of recipes/evaluate.py, or its folder; default: FOLDER/report.json")
     add("--checkpoint", help="what the report calls this run; default: found by its folder")
     add("--benchmarks", nargs="+", metavar="TASK=DATASET_ID:TASK_ID", help="results for Hub benchmarks")

@@ -17,9 +17,11 @@ from transformers import AutoTokenizer
 from trl import get_quantization_config
 from yaml import YAMLError
 
+from dip_hf.hub import HubError
+from dip_hf.hub.record import write_data
 from dip_hf.model_files import check_base
 from dip_hf.recipe.arguments import AdapterArguments, DataArguments, SFTParser, model_options
-from dip_hf.recipe.data import check_run, load_datasets
+from dip_hf.recipe.data import check_run, describe_data, load_datasets
 from dip_hf.recipe.dry_run import describe_run
 from dip_hf.recipe.resume import resumed_checkpoint
 from dip_hf.trainer import DIPSFTConfig, DIPSFTTrainer
@@ -60,19 +62,33 @@ def make_trainer(
 
 
 def train(trainer: DIPSFTTrainer, data: DataArguments, resume: str | None) -> None:
-    """Train, from the checkpoint `resume` on, and save the adapter (or the whole model) to `output_dir`."""
-    training = trainer.args
+    """Train, from the checkpoint `resume` on, save the adapter (or the whole model) to `output_dir`, and push it.
+
+    Raises:
+        SystemExit: the push failed, with one line; what was trained is saved.
+    """
+    training, failure, trained_on = trainer.args, None, describe_data(data)
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(training.output_dir)
+    if training.should_save:
+        write_data(training.output_dir, trained_on)
     trainer.accelerator.print(f"Saved to {training.output_dir}")
     if training.push_to_hub:
-        trainer.push_to_hub(dataset_name=data.dataset_name or data.families)
+        try:
+            trainer.push_to_hub(dataset_name=data.dataset_name or data.families)
+        except (HubError, ValueError) as error:
+            failure = error
     # The DDP wrapper goes before the process group: where its reducer is the last to hold the group, it waits for
     # gloo's threads while it has Python's lock, for which they wait (pytorch/pytorch#56297)
     trainer.model_wrapped = trainer.model
     trainer.accelerator.free_memory()
     gc.collect()
     trainer.end()
+    if failure is not None:
+        sys.exit(
+            f"recipes/sft.py: saved to {training.output_dir}; the push failed ({' '.join(str(failure).split())}); run "
+            f"`dip-hf push {training.output_dir} {training.hub_model_id or 'REPO_ID'}`"
+        )
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What a run was, written beside its weights: training_config.yaml and environment.json."""
+"""What a run was, written beside its weights: training_config.yaml, training_data.yaml and environment.json."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ import yaml
 from transformers import TrainingArguments
 
 from dip_hf.environment import describe_environment
+from dip_hf.model_files import weight_digests
 
 
 TRAINING_NAME = "training_config.yaml"
+DATA_NAME = "training_data.yaml"
 ENVIRONMENT_NAME = "environment.json"
 
 # Written even where they have their defaults, which differ between releases of TRL and transformers
@@ -110,3 +112,14 @@ def write_record(
     (Path(folder) / TRAINING_NAME).write_text(text, encoding="utf-8")
     environment = {**describe_environment(str(args.device)), "base_is_local": base_is_local}
     (Path(folder) / ENVIRONMENT_NAME).write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+
+
+def write_data(folder: str | Path, data: Mapping[str, Any]) -> None:
+    """Write training_data.yaml, what the weights in `folder` were trained on.
+
+    Args:
+        folder: of the run, with its weights, whose SHA-256 are written too: a later training may leave the file there.
+        data: with "families" or "dataset_name"; it is scrubbed (see `scrub`).
+    """
+    text = yaml.safe_dump(scrub({**data, "weights": weight_digests(folder)}), sort_keys=True, allow_unicode=True)
+    (Path(folder) / DATA_NAME).write_text(text, encoding="utf-8")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -21,9 +21,9 @@ from dip_hf.adapter_files import (
     declared_shapes,
     read_config,
 )
-from dip_hf.hub.record import ENVIRONMENT_NAME, TRAINING_NAME
+from dip_hf.hub.record import DATA_NAME, ENVIRONMENT_NAME, TRAINING_NAME
 from dip_hf.hub.settings import check_repo_id, is_repo_id
-from dip_hf.model_files import check_model_folder
+from dip_hf.model_files import check_model_folder, weight_digests
 from dip_hf.peft_compat import DUMMY_TARGET_MODULES, is_own
 
 
@@ -43,6 +43,7 @@ class FinishedRun:
         environment: content of environment.json; None where the run wrote none.
         base_model: the base's name on the Hub; None for a whole model of unknown origin.
         datasets: what it was trained on, as far as known.
+        data: content of training_data.yaml; empty where the run wrote none, or for other weights.
     """
 
     folder: Path
@@ -52,6 +53,7 @@ class FinishedRun:
     environment: dict[str, Any] | None
     base_model: str | None
     datasets: tuple[str, ...]
+    data: dict[str, Any] = field(default_factory=dict)
 
     @property
     def base_revision(self) -> str | None:
@@ -84,7 +86,7 @@ def read_run(folder: str | Path, base_model: str | None = None, datasets: list[s
     Args:
         folder: what training wrote.
         base_model: the base's name on the Hub; default: what the run itself says.
-        datasets: what it was trained on; default: what the folder's card says.
+        datasets: what it was trained on; default: what the run's record of it says, or else the folder's card.
 
     Raises:
         ValueError: weights or config are missing, pickled, truncated or damaged, or the base is known as a local
@@ -115,7 +117,8 @@ def read_run(folder: str | Path, base_model: str | None = None, datasets: list[s
         kind, adapter = MODEL, {}
         if base_model is None and base and not _is_on_hub(str(base), folder):
             base = None  # a card may name a folder
-    known = card.get("datasets") or []
+    data = _read_data(folder)
+    known = data.get("families") or data.get("dataset_name") or card.get("datasets") or []
     names = datasets if datasets is not None else [known] if isinstance(known, str) else known
     return FinishedRun(
         folder=folder,
@@ -125,6 +128,7 @@ def read_run(folder: str | Path, base_model: str | None = None, datasets: list[s
         environment=environment,
         base_model=None if base is None else str(base),
         datasets=tuple(str(name) for name in names),
+        data=data,
     )
 
 
@@ -180,10 +184,22 @@ def _card_metadata(folder: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"the head of {path} is no YAML mapping ({error}); mend it, or remove the file") from error
     for name in ("datasets", "base_model"):
-        value = head.get(name)
-        if not isinstance(value, (str, list, NoneType)):
-            raise ValueError(f"{name}={value!r} in {path} must be a name or a list of names; mend it")
+        _check_names(head, name, path)
     return head
+
+
+def _read_data(folder: Path) -> dict[str, Any]:
+    """The record of what the folder's weights were trained on; empty where there is none of these weights."""
+    data = read_mapping(folder / DATA_NAME) or {}
+    for name in ("families", "dataset_name"):
+        _check_names(data, name, folder / DATA_NAME)
+    return data if data and data.get("weights") == weight_digests(folder) else {}
+
+
+def _check_names(content: dict[str, Any], name: str, path: Path) -> None:
+    value = content.get(name)
+    if not isinstance(value, (str, list, NoneType)):
+        raise ValueError(f"{name}={value!r} in {path} must be a name or a list of names; mend it")
 
 
 def _only(bases: Any, folder: Path) -> Any:

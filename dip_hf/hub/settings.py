@@ -25,7 +25,11 @@ class PushSettings:
         metadata={"help": "The base's name on the Hub; needed where the run was trained on a local folder."},
     )
     datasets: list[str] | None = field(
-        default=None, metadata={"help": "What it was trained on: names on the Hub, or words for the card."}
+        default=None,
+        metadata={
+            "help": "What it was trained on: names on the Hub, or words for the card; what the run recorded if not "
+            "given."
+        },
     )
     report: str | None = field(
         default=None,

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from dip_hf.adapter_files import CONFIG_NAME, WEIGHTS_NAME, check_inside, read_config
 from dip_hf.dipnet.export import export_lora
 from dip_hf.hub.card import render_card
-from dip_hf.hub.record import ENVIRONMENT_NAME, TRAINING_NAME, scrub
+from dip_hf.hub.record import DATA_NAME, ENVIRONMENT_NAME, TRAINING_NAME, scrub
 from dip_hf.hub.results import (
     BENCHMARK_FOLDER,
     EVALUATION_FOLDER,
@@ -39,7 +39,7 @@ MERGED_FOLDER = "merged"
 _WEIGHTS = re.compile(
     r"(?:adapter_model|model|pytorch_model)(?:-\d+-of-\d+)?\.(?:safetensors|bin)(?:\.index\.json)?|training_args\.bin"
 )
-_RECORDS = (TRAINING_NAME, ENVIRONMENT_NAME, RECORD_NAME, REPORT_NAME)
+_RECORDS = (TRAINING_NAME, DATA_NAME, ENVIRONMENT_NAME, RECORD_NAME, REPORT_NAME)
 _CONFIGS = (CONFIG_NAME, "config.json", "generation_config.json")
 
 # What tokenizers and processors save; anything else in a run's folder stays there
@@ -98,7 +98,7 @@ def stage(settings: PushSettings, work: Path, tags: list[str] | None = None) -> 
         lora = _stage_lora(run, work, staging)
         if settings.merged:
             _stage_merged(run, work / MERGED_FOLDER, staging)
-    _take(run.folder, staging, _TOKENIZER_FILES)
+    _take(run.folder, staging, (*_TOKENIZER_FILES, *([DATA_NAME] if run.data else [])))
     for name in (TRAINING_NAME, ENVIRONMENT_NAME):
         _take(run.folder, staging, (name,))
         if name not in staging.files:
@@ -113,6 +113,9 @@ def stage(settings: PushSettings, work: Path, tags: list[str] | None = None) -> 
         _stage_results(results, settings, work, staging)
     card = render_card(run, settings.repo_id, results, lora, settings.merged, tags or [])
     staging.files["README.md"] = _write(work / "README.md", card)
+    own = run.folder / "README.md"
+    if own.is_file() and own.read_text(encoding="utf-8") != card:
+        staging.left_out["README.md"] = "the run's folder has another; a push makes its card anew, without edits"
     _refuse_tokens(staging)
     return staging
 

@@ -96,6 +96,18 @@ def load_eval_dataset(arguments: DataArguments, text_field: str = "text") -> Dat
     return _named(arguments, "dataset_test_split", text_field)
 
 
+def describe_data(arguments: DataArguments) -> dict[str, Any]:
+    """What a run is trained on, for its record; of a file or folder of this machine the name alone."""
+    if arguments.families is not None:
+        fields: tuple[str, ...] = ("families", "families_seed", "train_size")
+    else:
+        fields = ("dataset_name", "dataset_config", "dataset_train_split", "dataset_format")
+    found = {name: getattr(arguments, name) for name in fields}
+    if arguments.dataset_name is not None and is_local(arguments.dataset_name):
+        found["dataset_name"] = Path(arguments.dataset_name).resolve().name
+    return found
+
+
 def is_local(dataset_name: str) -> bool:
     """Tell whether `dataset_name` is a file or folder of this machine, rather than a name on the Hub.
 

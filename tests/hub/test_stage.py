@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from dip_hf import DIPNetConfig, export_lora
 from dip_hf.hub.push import describe
+from dip_hf.hub.record import write_data
 from tests.hub.conftest import BASE, save_adapter, staged
 
 
@@ -193,6 +194,37 @@ def test_a_whole_model_whose_folder_has_a_plus_in_its_name(base_folder: Path, tm
 def test_one_dataset_may_be_given_as_a_text(run_folder: Path, tmp_path: Path) -> None:
     staging = staged(run_folder, tmp_path / "work", datasets="openai/gsm8k")
     assert "- openai/gsm8k" in staging.files["README.md"].read_text()
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ({"families": ["gcd", "lcm"], "train_size": 50}, "`gcd`, `lcm`"),
+        ({"dataset_name": "you/data"}, "`you/data`"),
+        ({}, "`you/card`"),
+    ],
+)
+def test_the_card_names_the_data_that_a_run_recorded(
+    data: dict[str, Any], expected: str, run_folder: Path, tmp_path: Path
+) -> None:
+    (run_folder / "README.md").write_text("---\ndatasets: [you/card]\n---\n")
+    write_data(run_folder, data)
+    staging = staged(run_folder, tmp_path / "work")
+    assert f"**Data:** {expected}." in staging.files["README.md"].read_text()
+    assert "without edits" in staging.left_out["README.md"]
+    assert data.items() <= yaml.safe_load(staging.files["training_data.yaml"].read_text()).items()
+    with (run_folder / "adapter_model.safetensors").open("rb+") as file:  # as after another training
+        file.seek(-1, 2)
+        file.write(b"\x01")
+    staging = staged(run_folder, tmp_path / "again")
+    assert "**Data:** `you/card`." in staging.files["README.md"].read_text()
+    assert "training_data.yaml" not in staging.files
+
+
+def test_a_record_of_no_names(run_folder: Path, tmp_path: Path) -> None:
+    write_data(run_folder, {"families": 5})
+    with pytest.raises(ValueError, match=r"families=5 in .*training_data\.yaml must be a name or a list of names"):
+        staged(run_folder, tmp_path / "work")
 
 
 @pytest.mark.parametrize(

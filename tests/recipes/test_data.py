@@ -9,7 +9,7 @@ import datasets
 import pytest
 
 from dip_hf.recipe.arguments import DataArguments
-from dip_hf.recipe.data import is_local, load_eval_dataset, load_train_dataset
+from dip_hf.recipe.data import describe_data, is_local, load_eval_dataset, load_train_dataset
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +87,15 @@ def test_families_share_no_question_between_training_and_validation() -> None:
 def test_an_unknown_family_is_named() -> None:
     with pytest.raises(ValueError, match="unknown reasoning family 'lmc'"):
         load_train_dataset(DataArguments(families=["lmc"]))
+
+
+def test_what_a_run_was_trained_on_is_told_without_a_path(tmp_path: Path) -> None:
+    file, name = tmp_path / "rows.jsonl", "openai/gsm8k"
+    file.touch()
+    told = [describe_data(DataArguments(dataset_name=value))["dataset_name"] for value in (str(file), name)]
+    assert told == ["rows.jsonl", name]
+    families = describe_data(DataArguments(families=["gcd"], train_size=5))
+    assert families == {"families": ["gcd"], "families_seed": 0, "train_size": 5}
 
 
 def test_a_compressed_file(tmp_path: Path) -> None:

@@ -2,15 +2,19 @@
 
 import json
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from peft import AutoPeftModelForCausalLM
 from transformers import TrainingArguments
 
+from dip_hf.hub import HubError
+from dip_hf.recipe.arguments import DataArguments
 from tests.recipes.support import load_sft, save_small_model
 
 
@@ -46,6 +50,8 @@ report_to: none
     assert saved["peft_type"] == {"dipnet": "DIPNET", "lora": "LORA"}[adapter]
     assert [path.name for path in (tmp_path / "out").glob("*.safetensors")] == ["adapter_model.safetensors"]
     model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
+    record = yaml.safe_load((tmp_path / "out" / "training_data.yaml").read_text())
+    assert record["dataset_name"] == "rows.jsonl" and record["dataset_format"] == "gsm8k"
     changed = [p for name, p in model.named_parameters() if "lora_B" in name]
     assert changed and all(torch.any(p != 0) for p in changed)
 
@@ -60,14 +66,15 @@ report_to: none
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3]
 
 
-def test_nothing_holds_the_ddp_wrapper_when_the_processes_part() -> None:
+@pytest.mark.parametrize("push", [False, True])
+def test_nothing_holds_the_ddp_wrapper_when_the_processes_part(push: bool, tmp_path: Path) -> None:
     """Stands for `DistributedDataParallel`, whose reducer must not be the last to hold the process group."""
     wrapper = torch.nn.Sequential(torch.nn.Linear(1, 1))
     wrapper.itself = [wrapper]  # a cycle, which the reference count alone does not free
     alive = weakref.ref(wrapper)
 
     class Trainer:
-        args = TrainingArguments(output_dir="out", use_cpu=True)
+        args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, push_to_hub=push, hub_model_id="you/run")
         accelerator = Accelerator(cpu=True)
         model, model_wrapped = wrapper[0], wrapper
         ended = False
@@ -78,6 +85,9 @@ def test_nothing_holds_the_ddp_wrapper_when_the_processes_part() -> None:
         def save_model(self, folder: str) -> None:
             assert alive() is not None
 
+        def push_to_hub(self, dataset_name: list[str]) -> None:
+            raise HubError("nobody\nthere")
+
         def end(self) -> None:
             assert alive() is None
             self.ended = True
@@ -85,5 +95,9 @@ def test_nothing_holds_the_ddp_wrapper_when_the_processes_part() -> None:
     trainer = Trainer()
     trainer.model_wrapped = wrapper
     del wrapper, Trainer.model_wrapped
-    load_sft().train(trainer, None, None)
+    with pytest.raises(SystemExit) if push else nullcontext() as stop:
+        load_sft().train(trainer, DataArguments(families=["gcd"]), None)
+    if push:
+        remedy = f"run `dip-hf push {tmp_path} you/run`"
+        assert str(stop.value) == f"recipes/sft.py: saved to {tmp_path}; the push failed (nobody there); {remedy}"
     assert trainer.ended
