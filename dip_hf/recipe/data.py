@@ -82,7 +82,7 @@ def load_train_dataset(arguments: DataArguments, text_field: str = "text") -> Da
         A dataset in one of TRL's formats.
 
     Raises:
-        ValueError: the dataset is empty, or has none of the columns that training needs.
+        ValueError: the dataset cannot be read, is empty, or has none of the columns that training needs.
     """
     if arguments.families is not None:
         return _families(arguments, "train", arguments.train_size)
@@ -144,10 +144,14 @@ def _named(arguments: DataArguments, split_field: str, text_field: str) -> Datas
         where = {"path": builder, "data_files": name}
     try:
         splits = load_dataset(**where, streaming=arguments.dataset_streaming)
-    except (ValueError, StopIteration) as error:  # an empty file, for one: neither says which dataset it was
-        raise ValueError(f"dataset_name={name!r} gives no rows ({error!r}); give a dataset with rows") from error
-    except DatasetsError as error:
-        raise ValueError(f"dataset_name={name!r} cannot be read ({error}: {error.__cause__}); mend it") from error
+    except (ValueError, StopIteration, DatasetsError) as error:  # not all of which say which dataset it was
+        if isinstance(error, StopIteration) or "corresponds to no data" in str(error):  # of JSON, and of Parquet
+            raise ValueError(f"dataset_name={name!r} gives no rows; give a dataset with rows") from error
+        reason = " ".join(f"{error} {error.__cause__ or ''}".split())
+        raise ValueError(
+            f"dataset_name={name!r} with dataset_config={arguments.dataset_config!r} cannot be read ({reason}); give "
+            "others, or mend the data"
+        ) from error
     if split not in splits:
         known = ", ".join(map(repr, splits))
         raise ValueError(f"{split_field}={split!r}: dataset_name={name!r} has only the splits {known}")

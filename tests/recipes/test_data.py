@@ -7,6 +7,7 @@ from typing import Any
 
 import datasets
 import pytest
+from datasets.exceptions import DatasetNotFoundError
 
 from dip_hf.recipe.arguments import DataArguments
 from dip_hf.recipe.data import describe_data, is_local, load_eval_dataset, load_train_dataset
@@ -62,7 +63,7 @@ def test_an_empty_dataset(tmp_path: Path, name: str, streaming: bool) -> None:
     path = tmp_path / name
     empty = datasets.Dataset.from_dict({"text": []})
     empty.to_parquet(path) if path.suffix == ".parquet" else path.touch()
-    with pytest.raises(ValueError, match=r"dataset_name='.*' gives no rows.*; give a dataset with rows"):
+    with pytest.raises(ValueError, match=r"dataset_name='.*' gives no rows( in .*)?; give a dataset with rows"):
         load_train_dataset(DataArguments(dataset_name=str(path), dataset_streaming=streaming))
 
 
@@ -71,8 +72,27 @@ def test_a_broken_file_is_named(tmp_path: Path, content: str, monkeypatch: pytes
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     path = tmp_path / "rows.jsonl"
     path.write_text(content)
-    with pytest.raises(ValueError, match=r"dataset_name='.*rows\.jsonl' (cannot be read|gives no rows) .*; "):
+    with pytest.raises(ValueError, match=r"dataset_name='.*rows\.jsonl' .* cannot be read \(.*JSON parse error.*\); "):
         load_train_dataset(DataArguments(dataset_name=str(path)))
+
+
+def test_a_dataset_of_several_configs_asks_for_one(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "words"}\n')
+    configs = "".join(f"- {{config_name: {name}, data_files: {name}.jsonl}}\n" for name in ("one", "two"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    assert len(list(load_train_dataset(DataArguments(dataset_name=str(tmp_path), dataset_config="one")))) == 1
+    with pytest.raises(ValueError, match=r"with dataset_config=None cannot be read \(Config name is missing.*'two'"):
+        load_train_dataset(DataArguments(dataset_name=str(tmp_path)))
+
+
+def test_a_name_that_the_hub_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        raise DatasetNotFoundError("Dataset 'you/data' doesn't exist on the Hub or cannot be accessed.")
+
+    monkeypatch.setattr("dip_hf.recipe.data.load_dataset", refuse)
+    with pytest.raises(ValueError, match=r"cannot be read \(Dataset 'you/data' doesn't .* accessed\.\); give others"):
+        load_train_dataset(DataArguments(dataset_name="you/data"))
 
 
 def test_families_share_no_question_between_training_and_validation() -> None:
