@@ -1,8 +1,8 @@
-"""What averaging M posterior samples costs in prediction, as a ratio to the least that it can cost.
+"""What averaging M posterior samples costs in prediction, as a ratio to a reference of PEFT's plain LoRA alone.
 
     python benchmarks/prediction.py --preset cpu --json benchmarks/results/prediction_cpu.json
 
-The floor is measured in the same run, with PEFT's plain LoRA alone: one pass through the blocks below the first
+The reference, `floor` in the results, is measured in the same run: one pass through the blocks below the first
 variational one, one of M times as many rows through the rest and the head, and the mean of the softmaxes. Beside it
 stands what a loop over M whole passes costs. All three have a model of the same size, and take turns.
 """

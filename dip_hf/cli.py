@@ -48,7 +48,7 @@ def _add_diagnose(commands: Any) -> None:
     add("--level", choices=("standard", "harder"), help="default: standard")
     add("--limit", type=int, help="examples per family, or of the dataset; default: 32")
     add("--batch_size", type=int, help="examples per pass; default: 16")
-    add("--seed", type=int, help="of everything drawn; default: 0")
+    add("--seed", type=int, help="of everything drawn, the questions included; default: 0")
     add("--device", help="such as cuda; default: a CUDA device where there is one")
     add("--noise_scales", type=float, nargs="*", help="of embedding noise, relative to each token's RMS")
     add("--fgsm_scales", type=float, nargs="*", help="step lengths of FGSM, relative to each token's RMS")

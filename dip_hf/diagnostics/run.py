@@ -49,7 +49,7 @@ class DiagnoseSettings:
         level: "standard" or "harder".
         limit: examples per family, or of `dataset`.
         batch_size: examples per pass.
-        seed: of everything drawn.
+        seed: of everything drawn, the suite's questions included.
         device: such as "cuda"; None for a CUDA device where there is one.
         noise_scales: of embedding noise.
         fgsm_scales: ε of FGSM.
@@ -184,7 +184,7 @@ def diagnose(settings: DiagnoseSettings) -> dict[str, Any]:
         rows = file_rows(settings.dataset, settings.limit)
     else:
         families = [family.name for family in FINETUNING] if settings.families is None else settings.families
-        rows = suite_rows(families, settings.split, settings.limit, settings.level)
+        rows = suite_rows(families, settings.split, settings.limit, settings.level, settings.seed)
     device = resolve_device(settings.device)
     model, tokenizer = load_checkpoint(settings.adapter, settings.base, device)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # none with ALiBi

@@ -88,7 +88,7 @@ def make_split(family_name: str, split: Split, size: int, level: Level = "standa
         split: "pretrain" (pretraining families only), "train", "validation" or "test".
         size: number of rows.
         level: "standard" or "harder".
-        seed: picks other questions of the same split; item i of seed s is never item j of seed t.
+        seed: picks other questions of the same split, as far as the family has others.
 
     Returns:
         Dataset with string columns `prompt` (ends in "\\nAnswer:"), `completion` (a space and the answer), `family`

@@ -58,6 +58,17 @@ def test_reasoning_families_with_typos(lora_folder: str, tmp_path: Path) -> None
     assert result["smoothness"]["examples"] == 4 and result["settings"]["split"] == "test"
 
 
+def test_the_seed_draws_the_questions_too(
+    lora_folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise ValueError(f"asked for {arguments}")
+
+    monkeypatch.setattr("dip_hf.diagnostics.run.suite_rows", refuse)
+    assert main(["diagnose", lora_folder, "--families", "gcd", "--seed", "3"]) == 2
+    assert "asked for (['gcd'], 'validation', 32, 'standard', 3)" in capsys.readouterr().err
+
+
 def test_a_posteriors_distance_is_printed(
     base_folder: str, dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
