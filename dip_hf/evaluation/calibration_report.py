@@ -34,7 +34,6 @@ MEASURES = {
     "shift_auroc": ("AUROC shift", 1, 3),
 }
 """Name in JSON: heading of the column, what the value is multiplied by there, and its decimals."""
-_HEADINGS = tuple(heading for heading, *_ in MEASURES.values())
 
 _Array = NDArray[np.float64]
 
@@ -201,28 +200,32 @@ def _changes(value: float, samples: _Array, earlier: dict[str, tuple[float, _Arr
 
 def calibration_tables(blocks: Sequence[CalibrationBlock]) -> list[tuple[Table, tuple[int, ...]]]:
     """Tables, each with its columns of numbers: every measure, and the differences to the first checkpoint."""
-    values: Table = [("tasks", "items", "checkpoint", *_HEADINGS)]
+    # One set alone is a shift from none
+    measures = [name for name in MEASURES if any(name in block.rows[0].measures for block in blocks)]
+    headings = [MEASURES[name][0] for name in measures]
+    values: Table = [("tasks", "items", "checkpoint", *headings)]
     first = blocks[0].rows[0].checkpoint
-    changes: Table = [("tasks", f"minus {first}", *_HEADINGS)]
+    changes: Table = [("tasks", f"minus {first}", *headings)]
     for block in blocks:
         for index, row in enumerate(block.rows):
             lead = (block.name, str(block.items)) if index == 0 else ("", "")
-            values.append((*lead, row.checkpoint, *(_value(row.measures.get(key), key) for key in MEASURES)))
+            values.append((*lead, row.checkpoint, *(_value(row.measures.get(key), key) for key in measures)))
         for index, row in enumerate(block.rows[1:]):
             title = "" if index else block.name
-            changes.append((title, row.checkpoint, *(_change(row.measures.get(key), key, first) for key in MEASURES)))
-    tables = [(values, (1, *range(3, 3 + len(MEASURES))))]
+            changes.append((title, row.checkpoint, *(_change(row.measures.get(key), key, first) for key in measures)))
+    tables = [(values, (1, *range(3, 3 + len(measures))))]
     return tables if len(changes) == 1 else [*tables, (changes, ())]
 
 
 def calibration_footnote(blocks: Sequence[CalibrationBlock]) -> str:
     """How to read the tables."""
     home = [block.name for block in blocks if "shift_auroc" not in block.rows[0].measures]
+    shift = f", and {home[0]} against the set" if len(blocks) > 1 else ""
     return (
         "Calibration, a set's items pooled. NLL: -ln of the reference answer's probability, its end included, in nats "
         "per answer. Confidence is the probability of the model's own answer, its end included (of a choice: among "
         f"the choices). ECE: {BINS} equal-width bins. Brier: mean (confidence - right)². AUROC of confidence: right "
-        f"against wrong answers, and {home[0]} against the set; 0.5 where confidence does not tell them apart. "
+        f"against wrong answers{shift}; 0.5 where confidence does not tell them apart. "
         f"Intervals: 95%, basic bootstrap over the same items ({CALIBRATION_RESAMPLES} resamples); they do not cover "
         "the choice of a training seed."
     )

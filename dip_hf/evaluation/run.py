@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,11 @@ def prepare_tasks(settings: EvaluationSettings, checkpoints: Sequence[Checkpoint
     Raises:
         ValueError: bad settings, checkpoints or task names, or more than one process; names the field, the value and
             the remedy.
-        ImportError: a task's scorer needs a package that is not installed.
+        ImportError: a task's scorer or the report needs a package that is not installed.
     """
+    measures = ("torchmetrics", "sklearn", "scipy") if settings.calibration else ()
+    if missing := [name for name in ("matplotlib", *measures) if find_spec(name) is None]:
+        raise ImportError(f"the report needs {', '.join(missing)}: install dip_hf with its extra 'eval'")
     processes = os.environ.get("WORLD_SIZE", "1")  # of accelerate and torchrun
     if int(processes) > 1:
         raise ValueError(

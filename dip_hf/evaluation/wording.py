@@ -39,13 +39,14 @@ def describe_items(limit: int | None, sizes: Collection[int]) -> str:
     """Which items were used.
 
     Args:
-        limit: the first so many of each task; None: all of them.
+        limit: the first so many of each task; None: all of them, which of questions that are drawn says no number.
         sizes: the number of each task's items that were used; at least one.
     """
+    fewest, most = min(sizes), max(sizes)
     if limit is None:
-        return "all items"
-    most = min(limit, max(sizes))  # a task may hold fewer
-    return f"{'' if most <= min(sizes) else 'at most '}the first {most} items of each task"
+        return f"{fewest}{'' if fewest == most else f' to {most}'} items of each task, without a limit"
+    most = min(limit, most)  # a task may hold fewer
+    return f"{'' if most <= fewest else 'at most '}the first {most} items of each task"
 
 
 def describe_cut(prompts: Mapping[str, int]) -> str:

@@ -142,6 +142,13 @@ def test_text_markdown_and_json_have_every_measure(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md", "report.png"]
 
 
+def test_one_set_alone_is_no_shift() -> None:
+    report = make_report(SETTINGS, [replace(result, tasks=result.tasks[:2]) for result in (FIRST, SHARP)])
+    for text in (to_text(report), to_markdown(report)):
+        assert "AUROC right/wrong" in text and "shift" not in text
+        assert "right against wrong answers; 0.5 where" in " ".join(text.split())
+
+
 def test_without_confidences_the_report_says_nothing_of_calibration() -> None:
     bare = tuple(replace(task, confidences=(), nlls=()) for task in FIRST.tasks)
     report = make_report(replace(SETTINGS, calibration=False), [replace(FIRST, tasks=bare)])

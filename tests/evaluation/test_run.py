@@ -206,6 +206,15 @@ def test_several_processes_are_refused(base_folder: str, monkeypatch: pytest.Mon
         prepare_tasks(settings_for(base_folder), [Checkpoint("base")])
 
 
+@pytest.mark.parametrize(("package", "calibration"), [("matplotlib", False), ("torchmetrics", True)])
+def test_what_the_report_needs_is_missed_before_a_model_is_loaded(
+    package: str, calibration: bool, base_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=f"the report needs {package}: install dip_hf with its extra 'eval'"):
+        prepare_tasks(settings_for(base_folder, calibration=calibration), [Checkpoint("base")])
+
+
 def test_without_calibration_there_are_no_confidences(base_folder: str) -> None:
     settings = settings_for(base_folder, limit=1, tasks=TASKS[:1])
     results = evaluate(settings, [Checkpoint("base")])

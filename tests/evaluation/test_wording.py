@@ -10,7 +10,8 @@ from dip_hf.evaluation.wording import Prediction, describe_items, describe_split
 @pytest.mark.parametrize(
     ("limit", "sizes", "expected"),
     [
-        (None, [200, 1319], "all items"),
+        (None, [200, 200], "200 items of each task, without a limit"),
+        (None, [200, 1319], "200 to 1319 items of each task, without a limit"),
         (100, [100, 100], "the first 100 items of each task"),
         (500, [200, 200], "the first 200 items of each task"),
         (500, [200, 500], "at most the first 500 items of each task"),

@@ -75,7 +75,12 @@ def test_validation_results_are_published_as_such(run_folder: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("limit", "words"), [(None, "all items"), (100, "the first 100 items"), (5000, "the first 1319 items")]
+    ("limit", "words"),
+    [
+        (None, "1319 items of each task, without a limit"),
+        (100, "the first 100 items"),
+        (5000, "the first 1319 items"),
+    ],
 )
 def test_the_card_claims_no_more_items_than_there_were(
     run_folder: Path, tmp_path: Path, limit: int | None, words: str
