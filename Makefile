@@ -1,8 +1,10 @@
 # One environment serves every target: .venv, made on first use from pyproject.toml at the versions in constraints.txt.
+# The quickstart needs less than tests do, which complete what it has left.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+QUICKSTART_INSTALLED := $(VENV)/.quickstart_installed
 
 # make quickstart CONFIG=recipes/configs/quickstart_all.yaml: DIPNet, DReS and ICP, each alone and together
 CONFIG ?= recipes/configs/quickstart.yaml
@@ -47,16 +49,26 @@ help:
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): EXTRAS := dev,eval,quant,reasoning
+$(QUICKSTART_INSTALLED): EXTRAS := eval,reasoning
+define INSTALL
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "dip_hf needs Python 3.11 or newer: make PYTHON=/path/to/python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check \
-		--constraint constraints.txt --editable '.[dev,eval,quant,reasoning]'
+		--constraint constraints.txt --editable '.[$(EXTRAS)]'
+endef
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(INSTALL)
 	$(BIN)/python tests/conformance/fetch.py # PEFT's own tests, which run here on our adapter
+	touch $(QUICKSTART_INSTALLED) $@
+
+$(QUICKSTART_INSTALLED): pyproject.toml constraints.txt
+	$(INSTALL)
 	touch $@
 
-quickstart: $(INSTALLED)
+quickstart: $(QUICKSTART_INSTALLED)
 	$(foreach run,$(RUNS),$(KEEP_MEMORY) $(LAUNCH) recipes/sft.py --config $(CONFIG) $(ARGS_$(run)) --output_dir $(OUT)/$(run) &&) true
 	$(KEEP_MEMORY) $(BIN)/python recipes/evaluate.py --config $(EVAL_CONFIG) \
 		--checkpoints base $(foreach run,$(RUNS),$(run)=$(OUT)/$(run)) --output_dir $(OUT)

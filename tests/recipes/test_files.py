@@ -46,11 +46,25 @@ def test_the_kinds_of_parallelism_are_what_the_names_say() -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_make_knows_its_targets_and_the_files_they_name(target: str) -> None:
     # As if installed already: this asks for the commands alone
-    command = ["make", "--dry-run", "--assume-old=.venv/.installed", target]
+    stamps = [f"--assume-old=.venv/{name}" for name in (".installed", ".quickstart_installed")]
+    command = ["make", "--dry-run", *stamps, target]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     named = re.findall(r"(?:recipes|benchmarks|tests)/[\w./]+\.(?:py|yaml)", result.stdout)
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_tests_complete_what_a_quickstart_installed(tmp_path: Path) -> None:
+    def commands(target: str) -> str:
+        command = ["make", "--dry-run", f"VENV={tmp_path}", target]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    quickstart, test = commands("quickstart"), commands("test")
+    assert "'.[eval,reasoning]'" in quickstart and "conformance" not in quickstart
+    assert "'.[dev,eval,quant,reasoning]'" in test and "conformance/fetch.py" in test
+    (tmp_path / ".quickstart_installed").touch()
+    assert "pip install" not in commands("quickstart") and commands("test") == test
+    assert f"touch {tmp_path}/.quickstart_installed {tmp_path}/.installed" in test  # the other way round
 
 
 def test_ci_runs_what_a_person_runs() -> None:
