@@ -112,7 +112,12 @@ def test_nothing_in_a_value_is_read_as_a_template_or_as_markup() -> None:
         checkpoint=NASTY,
         reference=NASTY,
         lines=(Line(NASTY, 3, NASTY, 50.0, None, (1.0, 0.0, 2.0)),),
-        report={"settings": {"limit": 3, "split": NASTY}, "task_sets": [], "tasks": [{"items": 3}]},
+        report={
+            "settings": {"limit": 3, "split": NASTY},
+            "checkpoints": [{"name": NASTY, "cut_prompts": NASTY}],
+            "task_sets": [],
+            "tasks": [{"items": 3}],
+        },
         picture=None,
     )
     adapter = {**DIPNET, "noise_blocks": NASTY, f"noise_{NASTY}": NASTY}
@@ -137,7 +142,8 @@ def test_nothing_in_a_value_is_read_as_a_template_or_as_markup() -> None:
 def results_of(name: str) -> Results:
     line = Line(name, 3, name, 50.0, None, (1.0, 0.0, 2.0))
     settings = {"limit": 3, "split": "validation"}
-    return Results(name, name, (line,), {"settings": settings, "task_sets": [], "tasks": [{"items": 3}]}, None)
+    report = {"settings": settings, "checkpoints": [{"name": name}], "task_sets": [], "tasks": [{"items": 3}]}
+    return Results(name, name, (line,), report, None)
 
 
 @settings(max_examples=200, deadline=None)
