@@ -18,7 +18,7 @@ from peft.tuners.lora.layer import LoraVariant
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers as include_all_linear_layers
-from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.constants import DUMMY_TARGET_MODULES, EMBEDDING_LAYER_NAMES
 from peft.utils.other import get_pattern_key
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
@@ -26,6 +26,7 @@ from torch import nn
 
 __all__ = [
     "DUMMY_TARGET_MODULES",
+    "EMBEDDING_LAYER_NAMES",
     "MONTECLORA_SAMPLER",
     "PARAMETER_PREFIX",
     "BaseTunerLayer",

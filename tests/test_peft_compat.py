@@ -21,6 +21,7 @@ from torch import nn
 from dip_hf import DIPNetConfig, DIPNetModel
 from dip_hf.peft_compat import (
     DUMMY_TARGET_MODULES,
+    EMBEDDING_LAYER_NAMES,
     MONTECLORA_SAMPLER,
     DIPPeftType,
     LoraVariant,
@@ -101,6 +102,10 @@ def test_the_rank_pattern_of_a_module() -> None:
 
 def test_no_targets_means_the_dummy_target() -> None:
     assert DIPNetConfig(target_modules=[]).target_modules == DUMMY_TARGET_MODULES
+
+
+def test_layers_with_a_row_for_each_token() -> None:
+    assert EMBEDDING_LAYER_NAMES == ["embed_tokens", "lm_head"]
 
 
 @pytest.mark.parametrize(

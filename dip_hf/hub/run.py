@@ -10,7 +10,6 @@ from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard
-from peft.utils.constants import EMBEDDING_LAYER_NAMES
 
 from dip_hf.adapter_files import (
     CONFIG_NAME,
@@ -24,7 +23,7 @@ from dip_hf.adapter_files import (
 from dip_hf.hub.record import DATA_NAME, ENVIRONMENT_NAME, TRAINING_NAME
 from dip_hf.hub.settings import check_repo_id, is_repo_id
 from dip_hf.model_files import check_model_folder, weight_digests
-from dip_hf.peft_compat import DUMMY_TARGET_MODULES, is_own
+from dip_hf.peft_compat import DUMMY_TARGET_MODULES, EMBEDDING_LAYER_NAMES, is_own
 
 
 MODEL = "model"

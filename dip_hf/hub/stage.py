@@ -113,9 +113,6 @@ def stage(settings: PushSettings, work: Path, tags: list[str] | None = None) -> 
         _stage_results(results, settings, work, staging)
     card = render_card(run, settings.repo_id, results, lora, settings.merged, tags or [])
     staging.files["README.md"] = _write(work / "README.md", card)
-    own = run.folder / "README.md"
-    if own.is_file() and own.read_text(encoding="utf-8") != card:
-        staging.left_out["README.md"] = "the run's folder has another; a push makes its card anew, without edits"
     _refuse_tokens(staging)
     return staging
 

@@ -211,7 +211,6 @@ def test_the_card_names_the_data_that_a_run_recorded(
     write_data(run_folder, data)
     staging = staged(run_folder, tmp_path / "work")
     assert f"**Data:** {expected}." in staging.files["README.md"].read_text()
-    assert "without edits" in staging.left_out["README.md"]
     assert data.items() <= yaml.safe_load(staging.files["training_data.yaml"].read_text()).items()
     with (run_folder / "adapter_model.safetensors").open("rb+") as file:  # as after another training
         file.seek(-1, 2)
