@@ -77,6 +77,17 @@ def test_a_stop_sequence_that_begins_with_another_is_not_counted_twice(base_fold
     assert math.isclose(one[0], two[0], rel_tol=1e-5)
 
 
+GENERATING = SimpleNamespace(OUTPUT_TYPE="generate_until", config=SimpleNamespace(target_delimiter=" "))
+
+
+def test_the_confidence_is_the_own_answers_and_the_loss_the_references() -> None:
+    logs = {" 16": math.log(0.95), " 17": math.log(0.03)}
+    model = SimpleNamespace(answer_log_probabilities=lambda answers: [logs[answer] for _, answer, _ in answers])
+    sample = {"arguments": [(PROMPTS[0], {"until": "\n"})], "resps": [[" 16"]], "target": "17"}
+    (confidence,), (nll,) = answer_likelihoods(model, GENERATING, [sample], "exact_match")
+    assert math.isclose(confidence, 0.95) and math.isclose(nll, -math.log(0.03))
+
+
 def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
     """One token a letter, as Llama 2's does it: a space before every text, of which the decoder takes one away."""
     letters = ["<s>", "</s>", *(f"<0x{code:02X}>" for code in range(256)), "▁", *map(chr, range(33, 127))]
@@ -108,8 +119,7 @@ def test_a_tokenizer_whose_decoder_takes_a_leading_space_away() -> None:
     (answer,) = model.generate_until([request], disable_tqdm=True)
     assert answer == " 16"
     sample = {"arguments": [request.args], "resps": [[answer]], "target": "16"}
-    task = SimpleNamespace(OUTPUT_TYPE="generate_until", config=SimpleNamespace(target_delimiter=" "))
-    (confidence,), (nll,) = answer_likelihoods(model, task, [sample], "exact_match")
+    (confidence,), (nll,) = answer_likelihoods(model, GENERATING, [sample], "exact_match")
     assert confidence > 0.9 and math.isclose(confidence, math.exp(-nll), rel_tol=1e-4)
     assert model._ends(["\n", "Question:"]) == [[1], [2 + 10], tokenizer("xQuestion:").input_ids[2:]]
 
@@ -177,6 +187,23 @@ def test_a_fitted_temperature_has_the_least_loss_on_the_validation_split(base_fo
 
     losses = [loss(float(other)) for other in np.geomspace(*TEMPERATURES, 12)]
     assert loss(fitted) < 1.0001 * min(losses) < 0.9 * max(losses)
+
+
+def test_a_temperature_fitted_on_choices_makes_them_as_sure_as_they_are_right() -> None:
+    """Log-odds of 2/T, right in three of four: 2/T = ln 3. Behind the choices are requests for mutual information."""
+    docs = [{"choices": ["A", "B"], "target": target} for target in (0, 0, 1, 0, 1)]  # the last is beyond the limit
+    task = choice_task(
+        config=SimpleNamespace(num_fewshot=0),
+        has_validation_docs=lambda: True,
+        has_test_docs=lambda: True,
+        validation_docs=lambda: docs,
+        fewshot_context=lambda doc, num_fewshot: "",
+        construct_requests=lambda doc, context, metadata: [2.0, 0.0, 9.0, -9.0],
+        doc_to_target=lambda doc: doc["target"],
+    )
+    model = SimpleNamespace(answer_log_probabilities=lambda answers, disable_tqdm: [])
+    model.loglikelihood = lambda requests, disable_tqdm: [(value / model.temperature, False) for value in requests]
+    assert fit_to_validation(model, [task], 4) == pytest.approx(2 / math.log(3), rel=1e-3)
 
 
 def test_tasks_without_probabilities_or_validation_items_are_refused() -> None:

@@ -40,12 +40,13 @@ def generate(model: DIPLM, tokens: torch.Tensor) -> list[list[int]]:
 def test_an_ensemble_averages_its_members_probabilities(
     base_folder: str, lora_folder: str, other_lora_folder: str, tokens: torch.Tensor
 ) -> None:
-    ensemble = load(base_folder, f"{lora_folder}+{other_lora_folder}+{lora_folder}")
+    members = [lora_folder, other_lora_folder, lora_folder, lora_folder]
+    ensemble = load(base_folder, "+".join(members))
     mean = 0
-    for folder in (lora_folder, other_lora_folder, lora_folder):
+    for folder in members:
         member = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), folder)
         with torch.no_grad():
-            mean = mean + member(tokens).logits.softmax(-1) / 3
+            mean = mean + member(tokens).logits.softmax(-1) / 4
     torch.testing.assert_close(ensemble._model_call(tokens).exp(), mean)
     assert generate(ensemble, tokens) == greedy_loop(ensemble, tokens, 6).tolist()
 
@@ -92,6 +93,7 @@ def test_dropout_leaves_generators_and_modules_as_they_were(
     again = load(base_folder, dropout_folder, dropout=True, num_samples=2)
     torch.testing.assert_close(again._model_call(tokens), first, rtol=0, atol=0)
     assert again._model_generate(tokens, 14, stop=["\n"], do_sample=False).tolist() == generated.tolist()
+    assert not torch.allclose(again._model_call(tokens), first, atol=1e-3)  # each call has masks of its own
     other = load(base_folder, dropout_folder, dropout=True, num_samples=2, noise_seed=1)
     assert not torch.allclose(other._model_call(tokens), first, atol=1e-3)
 
