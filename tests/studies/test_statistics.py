@@ -103,6 +103,19 @@ def test_the_calibration_error_is_the_evaluations_for_one_seed_and_task() -> Non
     assert resampled[0] == pytest.approx(by_hand)
 
 
+def test_tasks_share_the_bins_of_the_calibration_error() -> None:
+    """One is too sure by 1/4 and the other too unsure: in the bin of both there is no error."""
+    confidences, right = [np.full((1, 2), 0.75)] * 2, [np.array([[1.0, 0.0]]), np.ones((1, 2))]
+    assert _resampler(1, [2, 2]).calibration_errors(confidences, right)[0] == pytest.approx([0.0])
+    assert _resampler(1, [2]).calibration_errors(confidences[:1], right[:1])[0] == pytest.approx([0.25])
+
+
+def test_the_spread_is_the_samples_standard_deviation() -> None:
+    resampler = _resampler(2, [1])
+    zero = resampler.means([np.zeros((2, 1))])
+    assert resampler.difference(resampler.means([[[0.1], [0.3]]]), zero).spread == pytest.approx(0.02**0.5)
+
+
 def test_the_interval_of_a_calibration_error_is_corrected_for_its_bias() -> None:
     """The reference is too sure by .2 everywhere and the arm not at all, so that the true difference is -.2.
 

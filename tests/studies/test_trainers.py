@@ -2,9 +2,11 @@
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig
 from torch.nn import functional as F
 
@@ -45,7 +47,9 @@ def test_sam_steps_with_the_gradient_at_the_perturbed_weights(tmp_path: Path) ->
     trainer.train()
     # The step of length 0 moved nothing, and the perturbation was taken back to the last bit
     assert all(torch.equal(p, before[name]) for name, p in trained.items())
-    first = torch.autograd.grad(_loss(trainer.model, batch), list(trained.values()))
+    loss = _loss(trainer.model, batch)
+    assert tiny.losses(trainer) == [pytest.approx(loss.item(), rel=1e-4)]  # before the perturbation
+    first = torch.autograd.grad(loss, list(trained.values()))
     norm = sum(g.square().sum() for g in first).sqrt()
     with torch.no_grad():
         for p, g in zip(trained.values(), first, strict=True):
@@ -74,9 +78,8 @@ def test_rdrops_loss_by_hand() -> None:
     assert rdrop_loss(torch.cat([logits[:2], logits[:2]]), labels)[1] == 0
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_rdrop_without_effective_dropout_is_plain_training(tmp_path: Path, accumulation: int) -> None:
-    options = {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 8 // accumulation}
+def test_rdrop_without_effective_dropout_is_plain_training(tmp_path: Path) -> None:
+    options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
     trainers = [_trainer(tmp_path / str(w), _lora(1e-12), rdrop_weight=w, **options) for w in (0.0, 1.0)]
     assert [type(trainer) for trainer in trainers] == [DIPSFTTrainer, RDropTrainer]
     for trainer in trainers:
@@ -88,11 +91,34 @@ def test_rdrop_without_effective_dropout_is_plain_training(tmp_path: Path, accum
     assert tasks == pytest.approx(tiny.losses(trainers[0]), rel=1e-3)
 
 
-def test_rdrop_draws_another_mask_for_each_pass(tmp_path: Path) -> None:
-    trainer = _trainer(tmp_path, _lora(0.5), rdrop_weight=1.0)
+def test_rdrop_draws_another_mask_for_each_pass_and_halves_the_papers_loss(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path, _lora(0.5), rdrop_weight=3.0)
     trainer.train()
-    logged = [entry["rdrop/divergence"] for entry in trainer.state.log_history if "rdrop/divergence" in entry]
-    assert len(logged) == 1 and logged[0] > 1e-3
+    entry = trainer.state.log_history[0]
+    assert entry["rdrop/divergence"] > 1e-3
+    assert entry["loss"] == pytest.approx(entry["rdrop/task"] + 1.5 * entry["rdrop/divergence"], rel=1e-5)
+
+
+def test_rdrops_mean_is_over_the_tokens_that_are_counted(tmp_path: Path) -> None:
+    """Of all micro-batches, and of all ranks where they are counted together; else of the micro-batch alone."""
+    trainer = _trainer(tmp_path, _lora(0.5), rdrop_weight=1.0)
+    (batch,) = trainer.get_train_dataloader()
+    trainer.current_gradient_accumulation_steps = 4
+    trainer.model.train()
+
+    def loss_and_log(count: torch.Tensor | None) -> list[float]:
+        torch.manual_seed(0)
+        loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=count)
+        return [loss.item(), trainer._metrics["train"]["rdrop/task"][-1]]
+
+    tokens = (batch["labels"][:, 1:] != -100).sum()
+    mean, task = loss_and_log(None)
+    assert loss_and_log(8 * tokens) == pytest.approx([mean / 8, task / 2])
+    with mock.patch.object(Accelerator, "num_processes", 2):
+        assert loss_and_log(None) == [mean, task]
+        assert loss_and_log(8 * tokens) == pytest.approx([mean / 4, task])
+        trainer.args.average_tokens_across_devices = False
+        assert loss_and_log(8 * tokens) == pytest.approx([mean / 8, task / 2])
 
 
 def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
