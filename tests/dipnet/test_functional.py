@@ -6,26 +6,8 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from dip_hf.dipnet.functional import head_gram, output_variance, token_rms, variance_penalty
-
-
-positive = st.floats(1e-2, 1e2)
-
-
-@given(positive, positive, st.sampled_from(["mean", "sum"]))
-@settings(deadline=None)
-def test_the_penalty_is_stationary_at_beta_over_alpha_and_nowhere_lower(
-    alpha: float, beta: float, reduction: str
-) -> None:
-    best = torch.full((2, 3), math.log(beta / alpha), dtype=torch.float64, requires_grad=True)
-    penalty, _, _ = variance_penalty(best, alpha, beta, reduction)
-    (gradient,) = torch.autograd.grad(penalty, best)
-    torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-9 * (1 + beta))
-    for shift in (-0.5, 0.5):
-        assert variance_penalty(best + shift, alpha, beta, reduction)[0] > penalty
 
 
 def test_the_penalty_is_eq_4() -> None:
@@ -83,16 +65,10 @@ def test_equal_trajectories_and_an_empty_mask_have_no_variance() -> None:
     assert output_variance(torch.randn(2, 3, 4), head_gram(head), torch.zeros(1, 3, dtype=torch.bool), 2) == 0
 
 
-@given(st.floats(1e-3, 1e3))
-@settings(deadline=None)
-def test_the_rms_scales_with_its_input(factor: float) -> None:
-    states = torch.arange(1.0, 25.0).view(2, 3, 4)
-    torch.testing.assert_close(token_rms(states * factor), token_rms(states) * factor)
-
-
 def test_the_rms_is_a_median_over_tokens() -> None:
     states = torch.ones(1, 5, 4)
     states[0, 0] = 1e4  # a token with massive activations
     assert token_rms(states) == 1
     assert token_rms(torch.tensor([[3.0, 4.0]])).item() == pytest.approx(math.sqrt(12.5))
+    assert token_rms(torch.full((1, 3, 4), 300.0, dtype=torch.float16)) == 300  # whose square fp16 does not hold
     assert not token_rms(states.requires_grad_()).requires_grad

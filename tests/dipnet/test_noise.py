@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from torch import Tensor
 from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
 
 from dip_hf import DIPNetModel
+from dip_hf.noise_state import NoiseState
 from tests.dipnet.models import KEY, adapt, batch, build, config, load_base, logits, noisy, sites
 
 
@@ -69,6 +71,14 @@ def test_noise_outside_a_trainer_follows_its_seed(base: str) -> None:
 
     assert all(map(torch.equal, passes(1), passes(1)))
     assert not torch.equal(passes(1)[0], passes(2)[0])
+
+
+def test_noise_outside_a_trainer_differs_between_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = SimpleNamespace(is_initialized=lambda: True, get_rank=lambda: 1)
+    monkeypatch.setattr("dip_hf.noise_state.dist", ranks)
+    state = NoiseState()
+    state.enter_layer(0, seed=7)
+    assert state.key.tolist() == [7, 1, 0, 1]
 
 
 @pytest.mark.parametrize(
@@ -121,6 +131,27 @@ def test_the_scale_is_measured_once_and_stored(task_type: str | None, base: str,
     with torch.no_grad(), loaded.base_model.sampling(KEY):
         loaded(input_ids=batch(2, 4)["input_ids"])
     assert all(torch.equal(s.leaf("default").rms, rms) for s, rms in zip(sites(loaded), measured, strict=True))
+
+
+def measured_scale(trajectories: int = 1) -> float:
+    """Of the last block's noise, in a padded batch."""
+    model = adapt(build(), noise_blocks=1)
+    with model.base_model.sampling(KEY, trajectories):
+        logits(model)
+    return sites(model)[0].leaf("default").rms.item()
+
+
+def test_the_scale_of_several_trajectories_is_that_of_one() -> None:
+    assert measured_scale(3) == pytest.approx(measured_scale())
+
+
+def test_ranks_share_their_mean_square(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = measured_scale()
+    ranks = SimpleNamespace(
+        is_initialized=lambda: True, all_reduce=lambda total: total.add_(3), get_world_size=lambda: 2
+    )
+    monkeypatch.setattr("dip_hf.dipnet.layer.dist", ranks)
+    assert measured_scale() ** 2 == pytest.approx((alone**2 + 3) / 2)
 
 
 @pytest.mark.parametrize("rho", [1.0, 2.0])  # which lets ranks differ

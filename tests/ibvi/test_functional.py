@@ -58,6 +58,8 @@ def test_the_initial_covariance_depends_on_seed_and_place_alone() -> None:
     with torch.device("meta"):  # under which transformers builds models
         assert torch.equal(initial(1, "a"), initial_covariance(2, (3, 5), 1.0, 1, posterior_number("a")))
         assert not initial(1, "a").is_meta
+    # Its values, since a seed is to go on meaning what it means
+    assert initial(0, "model.layers.0")[0, 0, :3].tolist() == pytest.approx([-0.004017, 0.083292, -0.010313], abs=1e-5)
 
 
 @given(st.text(), st.text())

@@ -56,6 +56,15 @@ def test_every_family(family: str) -> None:
     assert_samples(variational(build(family), target_modules=targets), batch(padded=True), 3)
 
 
+def test_a_sampled_pass_has_loras_dropout() -> None:
+    model, passes = variational(build(), variational_scale=1e-6, lora_dropout=0.5).train(), []
+    for seed in (0, 0, 1):
+        with torch.random.fork_rng(), model.base_model.sampling(KEY):
+            torch.manual_seed(seed)
+            passes.append(logits(model))
+    assert torch.equal(passes[0], passes[1]) and not torch.allclose(passes[0], passes[2], atol=1e-3)
+
+
 @pytest.mark.parametrize("blocks", [1, [1, 2], ".*[02]"], ids=str)
 def test_some_blocks_only(blocks: Any) -> None:
     model = variational(build(), variational_blocks=blocks)
