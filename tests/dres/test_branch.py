@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, Gemma3nTextConfig
 from dip_hf import DIPNetConfig
 from dip_hf.dres import DReSOptions, coded_pass
 from dip_hf.dres.functional import affine_error
+from dip_hf.dres.options import GRADIENTS
 from dip_hf.dres.sequence_pass import SequencePass
 from dip_hf.dres.token_pass import TokenPass
 from tests.dipnet.models import deepstack
@@ -218,6 +219,16 @@ def test_what_has_a_gradient(placement: str) -> None:
         grads.append(gradients(model, record.error)["model.layers.2.mlp.down_proj.weight"])
     assert errors[0] == errors[1] == errors[2]
     assert not any(torch.allclose(grads[0], other, rtol=1e-2) for other in grads[1:])
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_the_coded_branch_alone_has_a_gradient_where_asked_for(gradient: str) -> None:
+    outputs, coded = (torch.arange(3.0 * rows).view(rows, 3).cos().requires_grad_() for rows in (4, 5))
+    compared = SequencePass({}, DReSOptions(group_size=4, gradient=gradient), KEY.tensor(), None)
+    compared.compare("f", outputs, coded)
+    compared.record.error.backward()
+    assert coded.grad is not None and coded.grad.any()
+    assert (outputs.grad is None) == (gradient == "coded")
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)

@@ -139,6 +139,8 @@ def test_equal_samples_count_as_nothing_and_zero_outputs_are_finite() -> None:
     same = torch.randn(1, 6).expand(4, 6)
     assert reconstruction_error(same, decode(encode(same, 5), 4)) < 1e-8
     assert reconstruction_error(torch.zeros(4, 6), torch.zeros(4, 6)) == 0
+    # 6 · 0.1² over a thousandth of 6 · 1²
+    assert reconstruction_error(torch.ones(4, 6), torch.full((4, 6), 1.1)).item() == pytest.approx(10, rel=1e-4)
 
 
 def test_variance_is_a_constant_of_the_gradient() -> None:

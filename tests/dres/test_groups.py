@@ -19,10 +19,11 @@ from tests.dres.support import KEY, PLACEMENTS, batch_of, branch_of, gradients, 
 # -- groups ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("share", [1.0, 0.5])
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_groups_change_with_the_key_and_with_nothing_else(placement: str) -> None:
+def test_groups_change_with_the_key_and_with_nothing_else(placement: str, share: float) -> None:
     model, batch = model_of(), batch_of(8)
-    branch = branch_of(model, placement)
+    branch = branch_of(model, placement, share=share)
     first, again, other = (run(model, branch, batch, key)[0].error for key in (KEY, KEY, KEY._replace(step=4)))
     assert first == again
     assert first != other
@@ -47,15 +48,6 @@ def test_a_share_of_the_groups_estimates_the_mean_over_all(
     assert one.item() != pytest.approx(other.item(), rel=1e-3)
     assert (one + other).item() / 2 == pytest.approx(whole.item(), rel=1e-6)  # some of Llama is in fp32
     assert error(1.0, True).item() == pytest.approx(whole.item(), rel=1e-6)
-
-
-@pytest.mark.parametrize("placement", PLACEMENTS)
-def test_a_share_depends_on_the_key_alone(placement: str) -> None:
-    model, batch = model_of(), batch_of(8)
-    branch = branch_of(model, placement, share=0.5)
-    first, again, other = (run(model, branch, batch, key)[0].error for key in (KEY, KEY, KEY._replace(step=4)))
-    assert first == again
-    assert first != other
 
 
 @pytest.mark.parametrize(("share", "coded"), [(1.0, 14), (0.5, 7), (0.3, 5), (1 / 14, 1), (1e-12, 1)])
@@ -118,7 +110,7 @@ def test_bf16_is_fp32_up_to_rounding(placement: str) -> None:
 @pytest.mark.parametrize("trajectories", [1, 3])
 @pytest.mark.parametrize("noised", [[0], [1], [2], "all", [3]])
 def test_with_dipnets_noise_and_trajectories(placement: str, trajectories: int, noised: Any) -> None:
-    """Whatever is noised, the main branch does not change, and noise as such makes no error."""
+    """Whatever is noised, the main branch does not change, and either context may be the outer one."""
     model = models.adapt(model_of("llama"), noise_blocks=noised, target_modules=[])
     batch, branch = batch_of(5, pads="right"), branch_of(model.get_base_model(), placement)
     with model.base_model.sampling(KEY, trajectories):
@@ -137,6 +129,18 @@ def test_with_dipnets_noise_and_trajectories(placement: str, trajectories: int, 
     rows = 5 * (1 if noised == [3] else trajectories)
     if placement == "sequence":
         assert record.groups == rows // 4
+
+
+def test_rows_below_the_first_noise_stand_for_those_of_all_trajectories() -> None:
+    """Trajectories that agree, folded in behind the range's first block, are rows that were given twice."""
+    model = models.adapt(model_of(), noise_blocks=[2], noise_scale=1e-9, target_modules=[])
+    batch, branch = batch_of(4, pads="right"), branch_of(model.get_base_model(), "sequence")
+    twice = {name: value.repeat(2, 1) for name, value in batch.items()}
+    errors = []
+    for rows, trajectories in ((batch, 2), (twice, 1)):
+        with model.base_model.sampling(KEY, trajectories):
+            errors.append(run(model, branch, rows)[0].error.item())
+    assert errors[0] == pytest.approx(errors[1], rel=1e-6) and errors[0] > 1e-3
 
 
 def test_noise_inside_the_range_is_coded_like_a_sample() -> None:

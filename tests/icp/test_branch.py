@@ -172,6 +172,7 @@ def test_layers() -> None:
     model = tiny_llama()
     assert ICPBranch(model, ICPOptions(layers=1)).layers == [3]
     assert ICPBranch(model, ICPOptions(layers=2)).layers == [1, 3]
+    assert ICPBranch(model, ICPOptions(layers=3)).layers == [1, 2, 3]
     assert ICPBranch(model, ICPOptions(layers=8)).layers == [0, 1, 2, 3]
     assert ICPBranch(model, ICPOptions(layers=8, start_block=2)).layers == [2, 3]
 

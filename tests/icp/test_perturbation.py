@@ -192,7 +192,8 @@ def test_prompt_tuning_from_block_one() -> None:
         task = task_loss(model, inputs, labels)
     perturbed = branch.perturb(record, inputs, task)
     assert perturbed[:, :3].equal(record.site[:, :3].detach()) and not perturbed[:, 3:].equal(record.site[:, 3:])
-    assert branch.loss(record, inputs, task).total > 0
+    term = branch.loss(record, inputs, task)
+    assert term.total > 0 and term.tokens == compared_tokens(inputs).sum()
     branch = ICPBranch(model, ICPOptions())
     with pytest.raises(ValueError, match=r"icp_start_block=0 .* set icp_start_block to 1"), branch.clean():
         task_loss(model, inputs, labels)
