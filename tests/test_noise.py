@@ -27,6 +27,7 @@ from dip_hf.noise import (
     noise_gradient,
     noised,
 )
+from tests.test_second_pass import DEVICES
 
 
 CPU = torch.device("cpu")
@@ -104,14 +105,15 @@ def test_any_shape_any_seed(shape: list[int], seed: int) -> None:
     assert x.isfinite().all() and (x.abs() < 7).all()
 
 
+@pytest.mark.parametrize("device", DEVICES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_add_noise_is_v_plus_std_times_noise(dtype: torch.dtype) -> None:
-    v, std = torch.randn(6, 5, 8).to(dtype), torch.rand(8) + 0.1
+def test_add_noise_is_v_plus_std_times_noise(dtype: torch.dtype, device: torch.device) -> None:
+    v, std = torch.randn(6, 5, 8).to(device, dtype), torch.rand(8).to(device) + 0.1
     noisy = add_noise(v, std, KEY.tensor(), 4, 3)
-    noise = torch.cat([gaussian((2, 5, 8), derive_seed(KEY.tensor(), 4, j), CPU) for j in range(3)])
+    noise = torch.cat([gaussian((2, 5, 8), derive_seed(KEY.tensor(), 4, j), device, dtype) for j in range(3)])
     assert noisy.dtype == dtype
     tolerance = 8 * torch.finfo(dtype).eps  # of the summands, not of a sum that may be near 0
-    torch.testing.assert_close(noisy, v + noise.to(dtype) * std.to(dtype), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(noisy, v + noise * std.to(dtype), rtol=tolerance, atol=tolerance)
 
 
 def test_gradient_in_both_inputs() -> None:
@@ -123,10 +125,11 @@ def test_gradient_in_both_inputs() -> None:
     )
 
 
+@pytest.mark.parametrize("device", DEVICES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradient_of_std_is_the_sum_of_gradient_times_noise(dtype: torch.dtype) -> None:
-    grad = torch.randn(6, 4, 5).to(dtype)
-    noise = torch.cat([gaussian((3, 4, 5), derive_seed(KEY.tensor(), 2, j), CPU) for j in range(2)])
+def test_gradient_of_std_is_the_sum_of_gradient_times_noise(dtype: torch.dtype, device: torch.device) -> None:
+    grad = torch.randn(6, 4, 5).to(device, dtype)
+    noise = torch.cat([gaussian((3, 4, 5), derive_seed(KEY.tensor(), 2, j), device, dtype) for j in range(2)])
     expected = (grad.float() * noise).sum((0, 1))
     tolerance = 24 * torch.finfo(dtype).eps  # a product of a gradient and noise, both of that dtype, 24 times
     torch.testing.assert_close(noise_gradient(grad, KEY.tensor(), 2, 2), expected, rtol=tolerance, atol=tolerance)
