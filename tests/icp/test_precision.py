@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dip_hf.icp import ICPBranch, ICPOptions
+from dip_hf.icp.perturbation import _input_gradient
 from tests.icp.support import padded_batch, task_loss, tiny_llama
 
 
@@ -43,3 +44,9 @@ def test_float16(head: float, share: float, update: str) -> None:
         return branch.loss(record, inputs, share * task, lambda: share * task_loss(model, inputs)).total.item()
 
     assert term(torch.float16) == pytest.approx(term(torch.float32), rel=0.2) and term(torch.float32) > 0
+
+
+@pytest.mark.parametrize("slope", [1.0, 60.0])  # of which 4096 times the second is no number in fp16
+def test_the_scale_that_a_loss_is_differentiated_at_is_taken_out_again(slope: float) -> None:
+    site = torch.ones(3, dtype=torch.float16, requires_grad=True)
+    assert _input_gradient((slope * site).sum(), site).tolist() == [slope] * 3
