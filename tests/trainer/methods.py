@@ -55,6 +55,9 @@ def posterior_only(**options: Any) -> PeftConfig:
 DRES = {"dres_weight": 0.5, "dres_group_size": 4, "dres_blocks": "2"}
 SEQUENCE = {**DRES, "dres_group_size": 2, "dres_placement": "sequence"}
 ICP = {"icp_weight": 0.5, "icp_warmup": 0.0, "icp_epsilon": 0.1}
+ICP_ADAM = {**ICP, "icp_update": "adam", "icp_steps": 2, "num_trajectories": 2}
+EVERY_MEAN = {**ICP_ADAM, "stability_weight": 0.05, "per_device_train_batch_size": 1}
+"""With a `DIPNetConfig`: every term that is a mean over tokens, one row at a time."""
 # What stands in for these checks is in test_by_hand.py.
 GROUPS = dict.fromkeys(
     ("accumulation", "ranks", "packed"),
@@ -82,7 +85,7 @@ METHODS = {
     "dres sequence": Method(LoraConfig, SEQUENCE, inapplicable={**GROUPS, **ROWS}),
     "icp": Method(LoraConfig, ICP),
     "icp late, two steps": Method(LoraConfig, {**ICP, "icp_start_block": 1, "icp_steps": 2, "icp_interval": 1}),
-    "icp adam, two steps": Method(LoraConfig, {**ICP, "icp_update": "adam", "icp_steps": 2}),
+    "dipnet + icp adam, two steps": Method(DIPNetConfig, ICP_ADAM),
     "dipnet + dres + icp": Method(DIPNetConfig, {**DRES, **ICP, "num_trajectories": 2}, inapplicable=GROUPS),
     "ibvi + dres + icp": Method(posterior_only, {**DRES, **ICP}, inapplicable=GROUPS),
     "full, dres + icp": Method(None, {**DRES, **ICP}, inapplicable={**GROUPS, **FULL}),

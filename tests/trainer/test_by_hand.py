@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from dip_hf import DIPNetConfig
 from tests.trainer.by_hand import by_hand, recorded_step
-from tests.trainer.methods import DRES, ICP, METHODS
-from tests.trainer.tiny import assert_close, gradients
+from tests.trainer.methods import DRES, ICP, ICP_ADAM, METHODS
+from tests.trainer.tiny import ADAPTER, assert_close, gradients
 
 
 @pytest.mark.parametrize(
@@ -35,6 +36,13 @@ def test_step(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     assert len(step["batches"]) == options.get("gradient_accumulation_steps", 1)
     assert len(set(step["keys"])) == len(step["keys"])
     assert_close(step["gradients"], by_hand(tmp_path, method.config(), method.options, step["batches"], step["keys"]))
+
+
+def test_trajectories_that_agree_give_the_gradient_of_one(tmp_path: Path) -> None:
+    """Adam's moments mix the gradients of all steps, which must have one scale."""
+    adapter = DIPNetConfig(**ADAPTER, noise_scale=1e-9)
+    one, two = (gradients(tmp_path, adapter, {**ICP_ADAM, "num_trajectories": m}) for m in (1, 2))
+    assert_close(two, one)
 
 
 def test_terms_add_up(tmp_path: Path) -> None:

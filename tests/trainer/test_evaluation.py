@@ -37,6 +37,16 @@ def test_an_evaluation_before_training_does_not_set_the_noises_scale(how: str, t
     assert all(scale > 0 for scale in scales(plain))
 
 
+def test_noise_in_evaluation_has_keys_that_training_never_has(tmp_path: Path) -> None:
+    adapter, options = DIPNetConfig(**ADAPTER, noise_in_eval=True), {"per_device_eval_batch_size": 2}
+    trainer = make_trainer(tmp_path, adapter, options, eval_dataset=tokenised(4))
+    keys = []
+    noise_key = trainer._noise_key
+    trainer._noise_key = lambda: keys.append(noise_key()) or keys[-1]
+    trainer.evaluate()
+    assert [key.micro_step for key in keys] == [-1, -2]
+
+
 def test_of_two_active_adapters_one_keeps_its_noise_in_evaluation(tmp_path: Path) -> None:
     def evaluation_loss(scale_of_the_other: float, kept: bool = True) -> float:
         torch.manual_seed(0)

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from trl import SFTTrainer
 
 from dip_hf import DIPNetConfig, export_lora
-from dip_hf.dipnet.layer import LOG_VARIANCE
+from dip_hf.dipnet.layer import LOG_VARIANCE, own_parameters
 from dip_hf.ibvi.layer import COVARIANCE
 from dip_hf.peft_compat import is_own
 from tests.trainer.methods import METHODS, Method
@@ -75,6 +75,11 @@ def test_accumulation(name: str, tmp_path: Path) -> None:
         assert_close(gradients(tmp_path, method.config(), {**method.options, **options}), whole_batch(name))
 
 
+def test_frozen_noise_has_no_penalty_in_the_loss() -> None:
+    step = whole_batch("frozen noise, m=2")
+    assert step["loss"].item() == pytest.approx(step["task"].item(), rel=1e-6)
+
+
 @every_method
 @pytest.mark.parametrize("layout", ["packed", "padding_free"])
 def test_layout(name: str, layout: str, tmp_path: Path) -> None:
@@ -129,17 +134,35 @@ def saved_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def quantised(folder: Path) -> PreTrainedModel:
+    """The base in 4 bits."""
+    quantisation = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantisation, device_map="cpu")
+
+
 @every_method
 def test_quantised(name: str, saved_base: Path, tmp_path: Path) -> None:
-    """A 4-bit base trains; SFTTrainer casts the adapter to bfloat16, but the log-variances stay in fp32 and move."""
+    """A 4-bit base trains; SFTTrainer casts the adapter to bfloat16, but what is not LoRA's begins in fp32, unrounded,
+    and moves."""
     method = applicable(name, "quantised")
-    quantisation = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
-    model = AutoModelForCausalLM.from_pretrained(saved_base, quantization_config=quantisation, device_map="cpu")
-    trainer = make_trainer(tmp_path, method.config(), {**method.options, "max_steps": 3}, model)
+    trainer = make_trainer(tmp_path, method.config(), {**method.options, "max_steps": 3}, quantised(saved_base))
     before = {key: p.detach().clone() for key, p in trained_noise(trainer).items()}
+    for key, value in before.items():
+        assert torch.equal(value, trainer.model.get_submodule(key.rpartition(".")[0]).initial())
     trainer.train()
     assert torch.isfinite(torch.tensor(losses(trainer))).all()
     assert_moved(trainer, before)
+
+
+def test_quantised_with_an_adapter_that_it_has(saved_base: Path, tmp_path: Path) -> None:
+    """Its values, too, are in fp32 as they were."""
+    method = METHODS["dipnet + ibvi, m=2"]
+    model = get_peft_model(quantised(saved_base), method.config())
+    for parameter in own_parameters(model).values():
+        parameter.data += 0.1
+    before = {key: parameter.detach().clone() for key, parameter in own_parameters(model).items()}
+    found = own_parameters(make_trainer(tmp_path, None, method.options, model).model)
+    assert len(before) == 24 and all(torch.equal(found[key], value) for key, value in before.items())
 
 
 RESUMED = {"max_steps": 8, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_steps": 2}

@@ -13,7 +13,19 @@ from torch import Tensor, nn
 
 from dip_hf import DIPNetConfig
 from dip_hf.noise import NoiseKey, derive_seed, gaussian
-from tests.trainer.tiny import ADAPTER, assert_close, base_model, losses, make_trainer, tokenised
+from tests.trainer.methods import EVERY_MEAN
+from tests.trainer.tiny import (
+    ADAPTER,
+    Uncounted,
+    assert_close,
+    base_model,
+    gradients,
+    losses,
+    make_trainer,
+    mean_of_two_rows,
+    tokenised,
+    two_rows,
+)
 
 
 M, ALPHA, BETA, STABILITY = 3, 0.3, 0.4, 0.05
@@ -121,10 +133,20 @@ def test_the_heads_gram_matrix_is_computed_once_where_it_is_frozen(frozen: bool,
     assert torch.allclose(objective.gram(head), first if frozen else 4 * first)
 
 
+def test_without_a_count_of_tokens_every_micro_batch_has_a_mean_of_its_own(tmp_path: Path) -> None:
+    """The step's is that of its micro-batches, here of a row each, with unequal numbers of labels."""
+    adapter, options = DIPNetConfig(**ADAPTER), {**EVERY_MEAN, "gradient_accumulation_steps": 2}
+    found = gradients(tmp_path, adapter, options, data=two_rows(), cls=Uncounted)
+    assert_close(found, mean_of_two_rows(tmp_path, adapter, EVERY_MEAN))
+
+
 def test_log(tmp_path: Path) -> None:
-    """Every term is logged raw and weighted, the terms add up to the loss, and each block has its noise level."""
+    """Every term is logged raw and weighted, the terms add up to the loss, and each block has its noise level.
+
+    That is relative whatever the penalty's unit.
+    """
     options = {"num_trajectories": 2, "stability_weight": 0.05, "gradient_accumulation_steps": 2, "max_steps": 3}
-    options |= {"per_device_train_batch_size": 4}
+    options |= {"per_device_train_batch_size": 4, "penalty_unit": "absolute"}
     trainer = make_trainer(tmp_path, DIPNetConfig(**ADAPTER, noise_blocks=2, noise_scale=0.3), options)
     trainer.train()
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from dip_hf import DIPNetConfig
 from tests.trainer import two_ranks
 from tests.trainer.by_hand import by_hand
-from tests.trainer.methods import METHODS
+from tests.trainer.methods import EVERY_MEAN, METHODS
 from tests.trainer.test_every_method import applicable, every_method, whole_batch
-from tests.trainer.tiny import assert_close
+from tests.trainer.tiny import ADAPTER, assert_close, mean_of_two_rows
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,13 @@ def test_same_gradient(name: str, ranks: list[dict[str, Any]]) -> None:
     """Two ranks with two micro-batches each, of unequal token counts, give one rank's gradient and logged loss."""
     applicable(name, "ranks")
     assert_close(ranks[0][name]["gradients"], whole_batch(name))
+
+
+def test_tokens_that_are_not_counted_over_ranks(ranks: list[dict[str, Any]], tmp_path: Path) -> None:
+    """With `average_tokens_across_devices=False`, or without a count, a step is the mean of the ranks' own."""
+    expected = mean_of_two_rows(tmp_path, DIPNetConfig(**ADAPTER), EVERY_MEAN)
+    for name in ("own count", "no count"):
+        assert_close(ranks[0][name], expected)
 
 
 @every_method

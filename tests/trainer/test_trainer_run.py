@@ -123,7 +123,7 @@ def test_an_adapter_without_a_task_type_loads_by_itself(kind: type[PeftConfig], 
 
 
 def test_a_step_cut_off_is_taken_up_anew(tmp_path: Path) -> None:
-    """An exception within a step, and training resumed on the same trainer: the noise and losses of a whole run."""
+    """An exception within a step, and training resumed on the same trainer: a whole run's noise, losses and log."""
     options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
     options |= {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
     whole = make_trainer(tmp_path / "whole", DIPNetConfig(**ADAPTER), options)
@@ -142,6 +142,8 @@ def test_a_step_cut_off_is_taken_up_anew(tmp_path: Path) -> None:
         trainer.train()
     trainer.train(resume_from_checkpoint=True)
     assert losses(trainer) == losses(whole)
+    tasks = [[entry["task"] for entry in run.state.log_history if "task" in entry] for run in (trainer, whole)]
+    assert tasks[0] == tasks[1] and len(tasks[0]) == 3
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])

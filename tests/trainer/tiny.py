@@ -138,11 +138,35 @@ STEADY = {"max_steps": 2, "learning_rate": 0.0, "noise_learning_rate": 1e-30}
 def gradients(
     folder: Path, adapter: PeftConfig | None, options: dict[str, Any] | None = None, **kwargs: Any
 ) -> dict[str, Tensor]:
-    """The accumulated gradient and the logged loss of a step on the initial weights, with steady noise, in float64."""
+    """The accumulated gradient of a step on the initial weights, with steady noise, in float64, and its logged loss.
+
+    With the task's loss beside it, where there is more to the loss.
+    """
     trainer = make_trainer(folder, adapter, {**STEADY, **(options or {})}, base_model().double(), **kwargs)
     with steady_noise(trainer):
         trainer.train()
-    return {**trainer.kept.steps[-1], "loss": torch.tensor(losses(trainer)[-1])}
+    *_, entry = (entry for entry in trainer.state.log_history if "loss" in entry)
+    logged = {name: torch.tensor(entry[name]) for name in ("loss", "task") if name in entry}
+    return {**trainer.kept.steps[-1], **logged}
+
+
+class Uncounted(DIPSFTTrainer):
+    """As around a model that takes no number of label tokens."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False
+
+
+def two_rows() -> Dataset:
+    """Of unequal numbers of labels, which weigh alike where each is a mean of its own."""
+    return tokenised().select([0, 5])
+
+
+def mean_of_two_rows(folder: Path, adapter: PeftConfig, options: dict[str, Any]) -> dict[str, Tensor]:
+    """What `gradients` gives for each row alone, in the mean over both."""
+    one, other = (gradients(folder, adapter, options, data=two_rows().select([row])) for row in range(2))
+    return {name: (value + other[name]) / 2 for name, value in one.items()}
 
 
 @contextmanager

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from dip_hf import DIPNetConfig, DIPSFTTrainer
 from tests.trainer.by_hand import recorded_step
-from tests.trainer.methods import METHODS, Method
-from tests.trainer.tiny import gradients, make_trainer, tokenised
+from tests.trainer.methods import EVERY_MEAN, METHODS, Method
+from tests.trainer.tiny import ADAPTER, Uncounted, gradients, make_trainer, tokenised, two_rows
 
 
 def noised_input(method: Method, folder: Path) -> torch.Tensor:
@@ -45,6 +46,9 @@ def main() -> None:
             results[name]["gradients"] = gradients(folder / "run", method.config(), options)
         elif not method.noisy:
             results[name]["step"] = recorded_step(folder / "run", method.config(), options)
+    for name, cls in (("own count", DIPSFTTrainer), ("no count", Uncounted)):
+        options = {**EVERY_MEAN, "average_tokens_across_devices": name == "no count", "ddp_backend": "gloo"}
+        results[name] = gradients(folder / "run", DIPNetConfig(**ADAPTER), options, data=two_rows(), cls=cls)
     torch.save(results, folder / f"rank_{rank}.pt")
     gc.collect()  # a DDP wrapper must not outlive its process group, see recipes/sft.py
     torch.distributed.destroy_process_group()
