@@ -14,7 +14,7 @@ def _tables(path: str) -> list[list[str]]:
     return [table.splitlines() for table in COPIED.findall((ROOT / path).read_text(encoding="utf-8"))]
 
 
-@pytest.mark.parametrize(("path", "number"), [("README.md", 1), ("docs/findings.md", 11)])
+@pytest.mark.parametrize(("path", "number"), [("README.md", 1), ("docs/findings.md", 12)])
 def test_tables_are_the_reports(path: str, number: int) -> None:
     """Of the long ones a document has a selection of rows, in their order."""
     whole, tables = _tables("docs/results.md"), _tables(path)
