@@ -50,9 +50,9 @@ class Arm:
         floor: from the shape, see the module's docstring.
         heads: k, how many times as often as LoRA's step it needs the head.
         adapter: fields of `DIPNetConfig` for a shape; None for plain LoRA.
-        dropout: LoRA's own.
         options: fields of `DIPSFTConfig`; None for TRL's own trainer.
         steps: steps in one timing, as many as the longest interval between two alike.
+        dropout: probability of LoRA's own.
     """
 
     name: str
