@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -42,7 +42,7 @@ class FinishedRun:
         environment: content of environment.json; None where the run wrote none.
         base_model: the base's name on the Hub; None for a whole model of unknown origin.
         datasets: what it was trained on, as far as known.
-        data: content of training_data.yaml; empty where the run wrote none, or for other weights.
+        has_data: whether training_data.yaml is there, and of these weights.
     """
 
     folder: Path
@@ -52,7 +52,7 @@ class FinishedRun:
     environment: dict[str, Any] | None
     base_model: str | None
     datasets: tuple[str, ...]
-    data: dict[str, Any] = field(default_factory=dict)
+    has_data: bool = False
 
     @property
     def base_revision(self) -> str | None:
@@ -127,7 +127,7 @@ def read_run(folder: str | Path, base_model: str | None = None, datasets: list[s
         environment=environment,
         base_model=None if base is None else str(base),
         datasets=tuple(str(name) for name in names),
-        data=data,
+        has_data=bool(data),
     )
 
 

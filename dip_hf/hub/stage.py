@@ -98,7 +98,7 @@ def stage(settings: PushSettings, work: Path, tags: list[str] | None = None) -> 
         lora = _stage_lora(run, work, staging)
         if settings.merged:
             _stage_merged(run, work / MERGED_FOLDER, staging)
-    _take(run.folder, staging, (*_TOKENIZER_FILES, *([DATA_NAME] if run.data else [])))
+    _take(run.folder, staging, (*_TOKENIZER_FILES, *([DATA_NAME] if run.has_data else [])))
     for name in (TRAINING_NAME, ENVIRONMENT_NAME):
         _take(run.folder, staging, (name,))
         if name not in staging.files:
